@@ -1,0 +1,51 @@
+"""Every error the package raises on purpose; all derive from :class:`CompreSSMError`."""
+
+from __future__ import annotations
+
+__all__ = [
+    "CheckpointError",
+    "CompreSSMError",
+    "IllConditionedError",
+    "NonFiniteError",
+    "SurgeryError",
+    "UnstableSystemError",
+    "UnsupportedLayerError",
+    "UnsupportedOptimizerError",
+    "UnsupportedStrategyError",
+]
+
+
+class CompreSSMError(Exception):
+    """Base class: ``except CompreSSMError`` catches whatever the package refuses to do."""
+
+
+class UnstableSystemError(CompreSSMError, ValueError):
+    """An eigenvalue lies on or outside the unit circle, so the Gramians do not exist."""
+
+
+class IllConditionedError(CompreSSMError, ValueError):
+    """A change of basis is too badly conditioned for its result to be trusted."""
+
+
+class NonFiniteError(CompreSSMError, ValueError):
+    """NaN or infinity in a layer's parameters or in a result computed from them."""
+
+
+class UnsupportedLayerError(CompreSSMError, TypeError):
+    """A layer is not known, or is built in a way that can't be reduced safely."""
+
+
+class UnsupportedStrategyError(CompreSSMError, TypeError):
+    """A Trainer strategy or precision under which a reduction can't be done safely."""
+
+
+class UnsupportedOptimizerError(CompreSSMError, TypeError):
+    """An optimizer whose state can't be carried over to parameters of another shape."""
+
+
+class SurgeryError(CompreSSMError, RuntimeError):
+    """A plan does not fit the model; raised before anything is changed, or after undoing it."""
+
+
+class CheckpointError(CompreSSMError, RuntimeError):
+    """A checkpoint can't be read, or does not fit the model."""
