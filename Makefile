@@ -1,0 +1,62 @@
+# Everything runs from a fresh clone: the first target that needs it makes .venv and installs into it.
+#   PYTHON=/path/to/python make test   uses that interpreter: no .venv is made, nothing is installed.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+EXTRAS := test,benchmarks,plot,cli,docs
+
+ifdef PYTHON
+PY := $(PYTHON)
+READY :=
+else
+PY := .venv/bin/python
+READY := .venv/.installed
+endif
+
+# On a CI machine `make test` leaves nothing out.
+MARKS := $(if $(filter true 1,$(CI)),,-m "not slow")
+ARGS ?=
+
+.PHONY: help install demo test test-all lint format docs clean distclean
+
+help:  ## Show the targets
+	@echo "make TARGET [PYTHON=/path/to/python] [ARGS=\"more arguments\"]"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+
+.venv/.installed: setup.cfg pyproject.toml constraints.txt
+	test -x .venv/bin/python || python3 -m venv .venv
+	.venv/bin/python -m pip install --disable-pip-version-check -e ".[$(EXTRAS)]" -c constraints.txt
+	touch $@
+
+install: $(READY)  ## Make .venv with everything that tests, docs and demo need
+
+demo: $(READY)  ## Train the digits classifier full, compressed and small; print the table
+	$(PY) -m benchmarks.demo $(ARGS)
+
+test: $(READY)  ## Unit tests and doctests (CI=true: the slow ones as well)
+	$(PY) -m pytest $(MARKS) $(ARGS)
+
+test-all: $(READY)  ## All tests, the slow ones included
+	$(PY) -m pytest $(ARGS)
+
+lint: $(READY)  ## Check format, lint and types
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+format: $(READY)  ## Format the code and apply the safe fixes
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+docs: $(READY)  ## Build the site into docs/_build/html; a warning is an error
+	$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+clean:  ## Remove what builds, tests and runs leave behind (not .venv)
+	rm -rf build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf *.egg-info lightning_logs checkpoints
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+
+distclean: clean  ## clean, and remove .venv
+	rm -rf .venv

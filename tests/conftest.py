@@ -1,0 +1,45 @@
+"""Shared by all tests: one thread, fixed seeds, quiet Lightning, runs that write to a temporary folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import matplotlib
+import pytest
+import torch
+
+matplotlib.use("Agg")
+
+hypothesis.settings.register_profile("dev", deadline=None, max_examples=50)
+hypothesis.settings.register_profile(
+    "ci", deadline=None, max_examples=50, derandomize=True, print_blob=True
+)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") in ("true", "1") else "dev")
+
+torch.set_num_threads(1)
+for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+    logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> Iterator[None]:
+    """Seed every generator, and give the next test torch's global settings as they were."""
+    dtype = torch.get_default_dtype()
+    random.seed(0)
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=False)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_default_dtype(dtype)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _runs_in_tmp_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Trainer without `default_root_dir` writes checkpoints and logs to the working directory."""
+    monkeypatch.chdir(tmp_path)
