@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, fixed seeds, quiet Lightning, runs that write to a temporary folder."""
+"""For all tests: one thread, fixed seeds, quiet Lightning, a temporary working directory."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
-import matplotlib
 import pytest
 import torch
 
-matplotlib.use("Agg")
+ROOT = Path(__file__).parents[1]
+
+# Set before anything imports matplotlib, and inherited by the processes that tests start.
+os.environ["MPLBACKEND"] = "Agg"
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 
 hypothesis.settings.register_profile("dev", deadline=None, max_examples=50)
 hypothesis.settings.register_profile(

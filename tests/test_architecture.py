@@ -1,0 +1,259 @@
+"""The rules of the house, read off the source: who imports whom, what is public, file sizes."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import json
+import pkgutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import lightning_compressm
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "lightning_compressm"
+NAME = "lightning_compressm"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+PARTS = ("control", "nn", "families", "surgery", "callbacks")
+MAX_LINES = 400
+
+# Scripts outside this repository call these names: removing one breaks them.
+PUBLIC = {
+    "": {
+        "CompreSSMCallback",
+        "Family",
+        "compress",
+        "find_ssm_layers",
+        "hankel_spectra",
+        "load_compressed",
+        "register_family",
+    },
+    ".nn": {"LRU", "linear_recurrence"},
+    ".control": {
+        "DiagonalLTI",
+        "balanced_truncation",
+        "gramians",
+        "hankel_singular_values",
+        "order_for_energy",
+    },
+}
+
+
+def _name(path: Path) -> str:
+    """Path of a source file relative to the package, as pytest shows it."""
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def _part(path: Path) -> str:
+    """Folder of the package that a file lies in; empty for the top level."""
+    parts = path.relative_to(PACKAGE).parts
+    return parts[0] if len(parts) > 1 else ""
+
+
+def _statements(tree: ast.AST, lazy: bool) -> Iterator[ast.AST]:
+    """Nodes that run on import, and with `lazy` function bodies; never TYPE_CHECKING blocks."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for other in node.orelse:
+                yield other
+                yield from _statements(other, lazy)
+            continue
+        if not lazy and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        yield node
+        yield from _statements(node, lazy)
+
+
+def imports(path: Path, *, lazy: bool = True) -> set[str]:
+    """Absolute dotted names of all that a file imports: `from a.b import c` gives `a.b.c`."""
+    package = [NAME, *path.relative_to(PACKAGE).parts[:-1]]
+    found = set()
+    for node in _statements(ast.parse(path.read_text()), lazy):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *filter(None, [node.module])])
+            found |= {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def _within(name: str, *packages: str) -> bool:
+    return any(name == package or name.startswith(package + ".") for package in packages)
+
+
+def _modules() -> list[str]:
+    found = pkgutil.walk_packages(lightning_compressm.__path__, NAME + ".")
+    return [NAME, *(m.name for m in found if not m.name.endswith("__main__"))]
+
+
+def _exports() -> list[tuple[str, str]]:
+    """Every (module, name) listed in an `__all__` of the package or of one of its folders."""
+    packages = [NAME, *(m for m in _modules() if hasattr(importlib.import_module(m), "__path__"))]
+    listed = dict.fromkeys(packages)
+    return [(m, n) for m in listed for n in getattr(importlib.import_module(m), "__all__", [])]
+
+
+def _in_fresh_python(code: str) -> list[str]:
+    """Run code that prints a JSON list, in an interpreter that has imported nothing yet."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=ROOT, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert isinstance(result, list)
+    return result
+
+
+def test_the_reader_of_imports_sees_all_forms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
+    (tmp_path / "nn").mkdir()
+    path = tmp_path / "nn" / "module.py"
+    path.write_text(
+        "from typing import TYPE_CHECKING\n"
+        "import a.b\n"
+        "from . import c\n"
+        "from ..d import e\n"
+        "if TYPE_CHECKING:\n    import hidden\n"
+        "try:\n    import f\nexcept ImportError:\n    pass\n"
+        "class K:\n    import g\n    def method(self):\n        import late\n"
+    )
+    now = {"typing.TYPE_CHECKING", "a.b", f"{NAME}.nn.c", f"{NAME}.d.e", "f", "g"}
+    assert imports(path, lazy=False) == now
+    assert imports(path) == now | {"late"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_name)
+def test_only_callbacks_import_lightning(path: Path):
+    if _part(path) == "callbacks":
+        return
+    found = [n for n in imports(path) if _within(n, "lightning", "pytorch_lightning")]
+    assert not found, f"only callbacks/ may import Lightning; {_name(path)} imports {found}"
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if _part(p) == "control"], ids=_name)
+def test_control_is_tensors_only(path: Path):
+    found = imports(path)
+    assert not [n for n in found if _within(n, "torch.nn", "torch.optim", "torch.utils")]
+    own = [n for n in found if _within(n, NAME)]
+    allowed = (f"{NAME}.control", f"{NAME}.errors")
+    assert not [n for n in own if not _within(n, *allowed)]
+    assert "nn." not in "".join(
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch.nn.")
+    ), "control/ works on tensors; modules belong to nn/"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_name)
+def test_nothing_reaches_up(path: Path):
+    """layer -> family -> control -> plan -> surgery -> callback: no file imports a later stage."""
+    above = {
+        "control": ("nn", "families", "surgery", "compressor", "report", "schedule", "callbacks"),
+        "nn": ("families", "compressor", "report", "schedule", "callbacks"),
+        "surgery": ("compressor", "report", "schedule", "callbacks"),
+        "families": ("compressor", "report", "schedule", "callbacks"),
+        "": ("callbacks",),
+        "compat": ("compressor", "report", "schedule", "callbacks"),
+        "callbacks": (),
+    }[_part(path)]
+    # The lazy public API names the callbacks in a table, not in an import.
+    found = [n for n in imports(path) if _within(n, *(f"{NAME}.{stage}" for stage in above))]
+    assert not found, f"{_name(path)} imports {found}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_name)
+def test_optional_packages_are_imported_late(path: Path):
+    if _part(path) == "compat":
+        return
+    optional = ("mamba_ssm", "transformers", "matplotlib", "rich", "jsonargparse", "sklearn")
+    found = [n for n in imports(path, lazy=False) if _within(n, *optional)]
+    assert not found, f"{_name(path)} imports {found} when it is imported"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_name)
+def test_modules_stay_short(path: Path):
+    lines = len(path.read_text().splitlines())
+    assert lines <= MAX_LINES, f"{_name(path)} has {lines} lines; split it (limit {MAX_LINES})"
+
+
+def test_version_is_written_once():
+    from lightning_compressm.__about__ import __version__
+
+    assert lightning_compressm.__version__ == __version__
+    tracked = [*SOURCES, ROOT / "setup.cfg", ROOT / "pyproject.toml", *ROOT.glob("docs/*.py")]
+    again = [p for p in tracked if f'"{__version__}"' in p.read_text() and p.stem != "__about__"]
+    assert not again
+    assert f"= {__version__}" not in (ROOT / "setup.cfg").read_text()
+
+
+def test_import_is_light():
+    heavy = ["mamba_ssm", "transformers", "matplotlib", "lightning", "pytorch_lightning", "sklearn"]
+    code = (
+        f"import json, sys; import {NAME}, {NAME}.control, {NAME}.nn; from {NAME} import Family;"
+        f"print(json.dumps([m for m in {heavy!r} if m in sys.modules]))"
+    )
+    assert _in_fresh_python(code) == []
+
+
+def test_a_callback_name_brings_lightning():
+    code = (
+        f"import json, sys; from {NAME} import CompreSSMCallback;"
+        "print(json.dumps([m for m in ['lightning', 'matplotlib'] if m in sys.modules]))"
+    )
+    assert _in_fresh_python(code) == ["lightning"]
+
+
+def test_star_import_and_dir():
+    code = (
+        f"import json; import {NAME} as p; space = {{}}; exec('from {NAME} import *', space);"
+        "print(json.dumps([n for n in p.__all__ if n not in space or n not in dir(p)]))"
+    )
+    assert _in_fresh_python(code) == []
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no_such_name"):
+        lightning_compressm.no_such_name  # noqa: B018
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_public_surface(module: str):
+    loaded = importlib.import_module(NAME + module)
+    missing = {n for n in PUBLIC[module] if n not in loaded.__all__ or not hasattr(loaded, n)}
+    assert not missing
+
+
+@pytest.mark.parametrize("module", _modules())
+def test_all_resolves(module: str):
+    loaded = importlib.import_module(module)
+    names = getattr(loaded, "__all__", [])
+    assert len(names) == len(set(names)), f"{module}.__all__ names something twice"
+    assert not [n for n in names if not hasattr(loaded, n)]
+
+
+@pytest.mark.parametrize(("module", "name"), _exports())
+def test_public_things_are_documented_with_an_example(module: str, name: str):
+    thing = getattr(importlib.import_module(module), name)
+    if not (inspect.isclass(thing) or inspect.isfunction(thing)):
+        return
+    doc = inspect.getdoc(thing)
+    assert doc, f"{module}.{name} has no docstring"
+    if inspect.isclass(thing) and issubclass(thing, BaseException):
+        return
+    assert "Example:" in doc, f"{module}.{name} has no Example: section"
+    assert ">>>" in doc, f"the example of {module}.{name} does not run (no >>>)"
+
+
+def test_every_folder_is_a_package():
+    """A folder without `__init__.py` works from a checkout and is missing from the wheel."""
+    folders = {p.parent for p in SOURCES}
+    assert not [f for f in folders if not (f / "__init__.py").exists()]
+    assert all((PACKAGE / part).is_dir() for part in PARTS)
+    assert (PACKAGE / "py.typed").exists()
