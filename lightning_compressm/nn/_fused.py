@@ -1,0 +1,147 @@
+"""The whole LRU recurrence as one autograd node: input map, scan and read-out, block by block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_compressm.nn._two_level import (
+    full_precision,
+    powers_of,
+    row_blocks,
+    scan_,
+    shifted_product,
+)
+
+__all__ = ["fused_lru"]
+
+
+@torch.compiler.disable
+def fused_lru(
+    inputs: Tensor,
+    eigenvalues: Tensor,
+    input_weight: Tensor,
+    output_weight: Tensor,
+    feedthrough: Tensor,
+) -> Tensor:
+    r"""Run :math:`x_k = \lambda x_{k-1} + B u_k`, :math:`y_k = \mathrm{Re}(C x_k) + D u_k`.
+
+    Complex numbers travel as interleaved (re, im) pairs, so both maps are real matrix products.
+    The batch goes through map, scan and map in blocks that fit into the cache. The states are
+    kept, once, only where a gradient needs them; the backward pass has one block of its own.
+
+    Args:
+        inputs: (batch, L, H) float32 or float64, L >= 1.
+        eigenvalues: (N,) complex.
+        input_weight: (2N, H), rows Re B_1, Im B_1, Re B_2, ...
+        output_weight: (H, 2N), columns Re C_1, -Im C_1, Re C_2, ...
+        feedthrough: (H,), the diagonal of D.
+
+    Returns:
+        (batch, L, H) in the dtype of ``inputs``.
+    """
+    tensors = (inputs, eigenvalues, input_weight, output_weight, feedthrough)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        outputs: Tensor = _FusedLRU.apply(*tensors)  # type: ignore[no-untyped-call]
+        return outputs
+    return _forward(*tensors, keep_states=False)[0]
+
+
+def _forward(
+    inputs: Tensor,
+    eigenvalues: Tensor,
+    input_weight: Tensor,
+    output_weight: Tensor,
+    feedthrough: Tensor,
+    *,
+    keep_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return outputs, states (M, L, 2N) (those of the last block unless kept) and powers."""
+    batch, length, width = inputs.shape
+    pairs = input_weight.shape[0]
+    powers = powers_of(eigenvalues, length, inputs.dtype.to_complex())
+    inputs = inputs.contiguous()
+    blocks = _blocks(inputs, pairs)
+    rows = batch if keep_states else _longest(blocks)
+    states = inputs.new_empty(rows, length, pairs)
+    outputs = torch.empty_like(inputs)
+    for block in blocks:
+        x = states[block] if keep_states else states[: block.stop - block.start]
+        torch.mm(inputs[block].view(-1, width), input_weight.t(), out=x.view(-1, pairs))
+        scan_(_as_complex(x), powers)
+        torch.mm(x.view(-1, pairs), output_weight.t(), out=outputs[block].view(-1, width))
+    outputs.addcmul_(inputs, feedthrough)
+    return outputs, states, powers
+
+
+class _FusedLRU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        inputs, eigenvalues, input_weight, output_weight, feedthrough = tensors
+        with full_precision(inputs.device):
+            outputs, states, powers = _forward(*tensors, keep_states=True)
+        ctx.eigenvalue_dtype = eigenvalues.dtype
+        ctx.save_for_backward(inputs, states, powers, input_weight, output_weight, feedthrough)
+        return outputs
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        with full_precision(grad.device):
+            grads = _backward(grad, *ctx.saved_tensors)
+        return (grads[0], grads[1].to(ctx.eigenvalue_dtype), *grads[2:])
+
+
+def _backward(
+    grad: Tensor,
+    inputs: Tensor,
+    states: Tensor,
+    powers: Tensor,
+    input_weight: Tensor,
+    output_weight: Tensor,
+    feedthrough: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of inputs, eigenvalues, input and output weight, feedthrough."""
+    _, length, width = inputs.shape
+    pairs = input_weight.shape[0]
+    grad, inputs = grad.contiguous(), inputs.contiguous()
+    # The conjugate h of the adjoint obeys the recurrence with lambda itself; conjugating is a
+    # sign on every second row of the weights.
+    sign = inputs.new_tensor((1.0, -1.0)).repeat(pairs // 2)
+    conjugate_out, conjugate_in = output_weight * sign, input_weight * sign[:, None]
+    grad_in, grad_out = torch.zeros_like(input_weight), torch.zeros_like(output_weight)
+    grad_eigenvalues = torch.zeros_like(powers[0])
+    grad_inputs = torch.empty_like(inputs)
+    blocks = _blocks(inputs, pairs)
+    workspace = inputs.new_empty(_longest(blocks), length, pairs)
+    for block in blocks:
+        h = workspace[: block.stop - block.start]
+        flat_h, flat_x = h.view(-1, pairs), states[block].view(-1, pairs)
+        flat_grad, flat_u = grad[block].view(-1, width), inputs[block].view(-1, width)
+        torch.mm(flat_grad, conjugate_out, out=flat_h)
+        scan_(_as_complex(h), powers, reverse=True)
+        grad_eigenvalues += shifted_product(_as_complex(h), _as_complex(states[block]))
+        grad_out.addmm_(flat_grad.t(), flat_x)
+        grad_in.addmm_(flat_h.t(), flat_u)
+        torch.mm(flat_h, conjugate_in, out=grad_inputs[block].view(-1, width))
+    grad_inputs.addcmul_(grad, feedthrough)
+    grad_feedthrough = (grad * inputs).sum((0, 1))
+    grad_in *= sign[:, None]
+    return grad_inputs, grad_eigenvalues.conj_physical_(), grad_in, grad_out, grad_feedthrough
+
+
+def _as_complex(pairs: Tensor) -> Tensor:
+    """View (M, L, 2N) real as (M, L, N) complex."""
+    return torch.view_as_complex(pairs.unflatten(-1, (-1, 2)))
+
+
+def _blocks(inputs: Tensor, pairs: int) -> list[slice]:
+    batch, length, _ = inputs.shape
+    return row_blocks(batch, length * pairs * inputs.element_size(), inputs.device)
+
+
+def _longest(blocks: list[slice]) -> int:
+    return max((block.stop - block.start for block in blocks), default=0)
