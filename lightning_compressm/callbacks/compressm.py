@@ -1,0 +1,337 @@
+"""The callback that shrinks SSM layers while they train."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lightning_compressm.callbacks._lengths import LengthWatch
+from lightning_compressm.callbacks._strategy import (
+    check_optimizers,
+    check_precision,
+    check_trainer,
+    decide_on_rank_zero,
+    swap,
+)
+from lightning_compressm.compressor import propose
+from lightning_compressm.discovery import select_layers
+from lightning_compressm.policy import (
+    BalanceChoice,
+    ReductionPolicy,
+    Selection,
+    check_choice,
+    check_count,
+)
+from lightning_compressm.report import LayerEvent, format_table
+from lightning_compressm.schedule import Schedule, Window
+from lightning_compressm.surgery.loading import install_resize_hooks
+from lightning_compressm.surgery.optimizer import OptimizerStatePolicy
+from lightning_compressm.surgery.plan import SurgeryPlan
+
+__all__ = ["CompreSSMCallback"]
+
+
+class CompreSSMCallback(Callback):
+    """Remove states of little Hankel energy from SSM layers early in training.
+
+    At the end of epochs inside ``window`` it computes the Hankel singular values of every SSM
+    layer and commits to a plan; the swap of parameters, optimizer state and DDP wrapper happens
+    before the next epoch's first step, after checkpoints were written, so that every checkpoint
+    holds the weights that its metric was measured on. With ``every_n_steps``, or if no epoch ends
+    inside the window, it acts right after an optimizer step. Every run gets at least one look.
+
+    Args:
+        tolerance: share of each layer's Hankel energy that may go, in [0, 1). Default 0.05. At
+            most one of ``tolerance``, ``fraction`` and ``state_dim``.
+        fraction: drop this share of the current states at every look, in (0, 1).
+        state_dim: go down to this dimension.
+        window: two floats: shares of the training run; two ints: optimizer steps.
+        every_n_epochs: look at the end of every n-th epoch.
+        every_n_steps: instead, look every n optimizer steps.
+        min_reduction: act only if at least this share of a layer's states goes, in [0, 1).
+        min_state_dim: never go below.
+        round_to: round the kept dimension up to a multiple.
+        share_state_dim: one dimension for all layers of a family.
+        layers: glob patterns of module names to reduce; ``None`` for all.
+        ignore: glob patterns of module names to leave alone.
+        balance: ``"auto"``, ``"real"``, ``"folded"`` or ``"complex"`` (as published).
+        horizon: steps of time-limited Gramians, ``None`` for infinite (as published), ``"auto"``
+            for the length of the training sequences.
+        criterion: for selective layers, none of which is supported yet: only ``"auto"``.
+        selection: ``"largest"``, or the ablations ``"smallest"`` and ``"random"``.
+        calibration_batches: training batches from which sequence lengths are taken.
+        monitor: roll-back on a worse validation metric; not available yet, must be ``None``.
+        mode: ``"min"`` or ``"max"``, for ``monitor``.
+        max_degradation: for ``monitor``.
+        optimizer_state: ``"transport"`` carries optimizer moments through the change of basis,
+            ``"truncate"`` slices them, ``"reset"`` drops them.
+        verbose: log a table of every event on rank 0.
+
+    Attributes:
+        history: one dict for each layer and look: ``step, epoch, layer, family, action,
+            old_state_dim, new_state_dim, energy_kept, error_bound, seconds`` and more.
+
+    Raises:
+        ValueError: for contradictory or out-of-range arguments.
+        NotImplementedError: for ``monitor``.
+
+    Source:
+        CompreSSM, arXiv 2510.02823, algorithm 1.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(
+        ...     accelerator="cpu",
+        ...     logger=False,
+        ...     enable_checkpointing=False,
+        ...     callbacks=[CompreSSMCallback(tolerance=0.05)],
+        ... )
+    """
+
+    def __init__(
+        self,
+        tolerance: float | None = None,
+        *,
+        fraction: float | None = None,
+        state_dim: int | None = None,
+        window: tuple[int | float, int | float] = (0.0, 0.1),
+        every_n_epochs: int = 1,
+        every_n_steps: int | None = None,
+        min_reduction: float = 0.05,
+        min_state_dim: int = 1,
+        round_to: int = 1,
+        share_state_dim: bool = False,
+        layers: list[str] | None = None,
+        ignore: list[str] | None = None,
+        balance: BalanceChoice = "auto",
+        horizon: int | Literal["auto"] | None = "auto",
+        criterion: str = "auto",
+        selection: Selection = "largest",
+        calibration_batches: int = 1,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        max_degradation: float = 0.02,
+        optimizer_state: OptimizerStatePolicy = "transport",
+        verbose: bool = True,
+    ) -> None:
+        if monitor is not None:
+            raise NotImplementedError(
+                f"monitor={monitor!r}: rolling a reduction back is not available yet. Leave "
+                "`monitor` out; `history` and the logged metrics show what was reduced when."
+            )
+        check_choice("mode", mode, ("min", "max"))
+        check_choice("optimizer_state", optimizer_state, ("transport", "truncate", "reset"))
+        check_count("calibration_batches", calibration_batches)
+        if not max_degradation >= 0:
+            raise ValueError(f"max_degradation: expected a number >= 0, got {max_degradation!r}.")
+        self.policy = ReductionPolicy(
+            tolerance=tolerance,
+            fraction=fraction,
+            state_dim=state_dim,
+            min_reduction=min_reduction,
+            min_state_dim=min_state_dim,
+            round_to=round_to,
+            share_state_dim=share_state_dim,
+            layers=layers,
+            ignore=ignore,
+            balance=balance,
+            horizon=horizon,
+            selection=selection,
+            criterion=criterion,
+        )
+        self.schedule = Schedule(tuple(window), every_n_epochs, every_n_steps)  # type: ignore[arg-type]
+        self.calibration_batches = calibration_batches
+        self.optimizer_state: OptimizerStatePolicy = optimizer_state
+        self.verbose = verbose
+        self._reset()
+
+    def _reset(self) -> None:
+        self.history: list[dict[str, Any]] = []
+        self._state_dims: dict[str, int] = {}
+        self._window: Window | None = None
+        self._looks = 0
+        self._looked_at_step = -1
+        self._last_step = -1
+        self._pending: tuple[SurgeryPlan, list[LayerEvent]] | None = None
+        self._watch = LengthWatch(self.policy, self.calibration_batches)
+
+    @property
+    def state_dims(self) -> dict[str, int]:
+        """Layer name -> current state dimension; empty before training starts."""
+        return dict(self._state_dims)
+
+    @property
+    def state_key(self) -> str:
+        """Two callbacks for different layers keep apart states in a checkpoint."""
+        return self._generate_state_key(layers=self.policy.layers, ignore=self.policy.ignore)
+
+    # -- before training ---------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse what can't work; make checkpoints of reduced models loadable."""
+        if stage == "fit":
+            check_trainer(trainer)
+            if trainer.global_step == 0:
+                self._reset()
+        install_resize_hooks(pl_module)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check layers and optimizers, and tie the window to this run."""
+        layers = select_layers(pl_module, self.policy.layers, self.policy.ignore)
+        check_precision(trainer, layers.values())
+        check_optimizers(trainer)
+        self._last_step = trainer.global_step
+        self._refresh_state_dims(pl_module)
+        if self._window is None:
+            self._window = self.schedule.resolve(_total_steps(trainer))
+        if self._window.end < 1:
+            rank_zero_warn("CompreSSMCallback: the run is too short for a reduction.")
+
+    # -- training ----------------------------------------------------------------------------
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Swap what the end of the last epoch committed to."""
+        # A checkpoint written during validation is older than its epoch's look: catch up.
+        if self._due_at_epoch_end(trainer, trainer.current_epoch - 1):
+            self._commit(trainer, pl_module, trainer.current_epoch - 1)
+        self._execute(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Watch the first batches for the length of the sequences."""
+        self._watch.attach(pl_module)
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Act right after an optimizer step, where the schedule says so."""
+        self._watch.detach()
+        step = trainer.global_step
+        if step == self._last_step:  # gradients are still being accumulated
+            return
+        self._last_step = step
+        if self._window is None or not self.schedule.due_at_step(self._window, step, self._looks):
+            return
+        if trainer.is_last_batch and self._due_at_epoch_end(trainer, trainer.current_epoch):
+            return
+        if not _is_last_step(trainer):
+            self._commit(trainer, pl_module, trainer.current_epoch)
+            self._execute(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look at the spectra and commit to a plan; log the dimensions of this epoch."""
+        self._log_metrics(trainer, pl_module)
+        if self._due_at_epoch_end(trainer, trainer.current_epoch) and not _is_last_step(trainer):
+            self._commit(trainer, pl_module, trainer.current_epoch)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Detach from the layers."""
+        self._watch.detach()
+
+    # -- checkpoints -------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Window, history and a committed but not yet executed plan; plain types and tensors."""
+        pending = None
+        if self._pending is not None:
+            plan, events = self._pending
+            pending = {"plan": plan.to_dict(), "events": [event.to_dict() for event in events]}
+        return {
+            "window": [self._window.start, self._window.end] if self._window else None,
+            "history": [dict(event) for event in self.history],
+            "looks": self._looks,
+            "looked_at_step": self._looked_at_step,
+            "sequences": self._watch.state_dict(),
+            "pending": pending,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the state of a checkpoint; the window stays what it was."""
+        window, pending = state_dict["window"], state_dict["pending"]
+        self._window = Window(*window) if window else None
+        self.history = [dict(event) for event in state_dict["history"]]
+        self._looks = state_dict["looks"]
+        self._looked_at_step = state_dict["looked_at_step"]
+        self._watch.load_state_dict(state_dict["sequences"])
+        self._pending = None
+        if pending is not None:
+            events = [LayerEvent(**event) for event in pending["events"]]
+            self._pending = (SurgeryPlan.from_dict(pending["plan"]), events)
+
+    # -- the work ----------------------------------------------------------------------------
+
+    def _due_at_epoch_end(self, trainer: pl.Trainer, epoch: int) -> bool:
+        step = trainer.global_step
+        return (
+            self._window is not None
+            and 0 < step != self._looked_at_step
+            and epoch >= 0
+            and self.schedule.due_at_epoch_end(self._window, step, epoch)
+        )
+
+    def _commit(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
+        """Decide on rank 0; every rank holds the same plan afterwards."""
+        step = trainer.global_step
+
+        def decide() -> tuple[dict[str, Any], list[LayerEvent]]:
+            proposal = propose(pl_module, self.policy, self._watch.lengths, seed=step)
+            return proposal.plan.to_dict(), [event.at(step, epoch) for event in proposal.events]
+
+        plan, events = decide_on_rank_zero(trainer.strategy, decide)
+        self._looks += 1
+        self._looked_at_step = step
+        self._pending = (SurgeryPlan.from_dict(plan), events)
+
+    def _execute(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._pending is None:
+            return
+        plan, events = self._pending
+        if plan:
+            swap(trainer, pl_module, plan, self.optimizer_state)
+        self._pending = None
+        self.history += [event.to_dict() for event in events]
+        self._refresh_state_dims(pl_module)
+        if self.verbose:
+            step = events[0].step
+            rank_zero_info(f"CompreSSM after step {step}:\n{format_table(events)}")
+
+    def _refresh_state_dims(self, pl_module: pl.LightningModule) -> None:
+        layers = select_layers(pl_module, self.policy.layers, self.policy.ignore)
+        self._state_dims = {name: layer.state_dim for name, layer in layers.items()}
+
+    def _log_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        kept = {e["layer"]: e["energy_kept"] for e in self.history if e["action"] == "reduce"}
+        metrics: dict[str, float] = {
+            "compressm/total_state_dim": float(sum(self._state_dims.values())),
+            "compressm/seconds": float(sum(event["seconds"] for event in self.history)),
+        }
+        for name, state_dim in self._state_dims.items():
+            metrics[f"compressm/state_dim/{name}"] = float(state_dim)
+            metrics[f"compressm/energy_kept/{name}"] = float(kept.get(name, 1.0))
+        pl_module.log_dict(metrics, sync_dist=trainer.world_size > 1)
+
+
+def _total_steps(trainer: pl.Trainer) -> float | None:
+    """Optimizer steps of this run, ``None`` where Lightning can't know them."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        scheduled = isinstance(callback, GradientAccumulationScheduler)
+        if scheduled and callback.going_to_accumulate_grad_batches():
+            return None
+    return float(trainer.estimated_stepping_batches)
+
+
+def _is_last_step(trainer: pl.Trainer) -> bool:
+    """Whether nothing will be trained after this step, as far as the Trainer's limits say."""
+    total = _total_steps(trainer)
+    return trainer.should_stop or (total is not None and 0 < total <= trainer.global_step)

@@ -1,0 +1,115 @@
+"""A callback that only watches: Hankel spectra over training."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+from lightning_compressm.analysis import measure_spectra
+from lightning_compressm.callbacks._lengths import LengthWatch
+from lightning_compressm.control import order_for_energy
+from lightning_compressm.discovery import select_layers
+from lightning_compressm.policy import BalanceChoice, ReductionPolicy, check_count
+from lightning_compressm.surgery.loading import install_resize_hooks
+
+__all__ = ["HankelMonitor"]
+
+
+class HankelMonitor(Callback):
+    """Log how many states each SSM layer needs, and keep its spectra; changes nothing.
+
+    Logs ``hankel/rank/<layer>``: the states whose Hankel singular values hold ``1 - tolerance`` of
+    the layer's energy, and ``hankel/energy/<layer>``: the sum of all.
+
+    Args:
+        tolerance: share of the energy that may be missing, in [0, 1).
+        every_n_epochs: look at the end of every n-th epoch.
+        layers: glob patterns of module names; ``None`` for all.
+        ignore: glob patterns of module names to leave out.
+        balance: as for :class:`CompreSSMCallback`.
+        horizon: as for :class:`CompreSSMCallback`.
+
+    Attributes:
+        history: one dict for each look: ``step``, ``epoch``, and ``spectra``, a dict of layer name
+            to descending Hankel singular values (a CPU tensor).
+
+    Raises:
+        ValueError: for values out of range.
+
+    Example:
+        >>> HankelMonitor(tolerance=0.01).history
+        []
+    """
+
+    def __init__(
+        self,
+        tolerance: float = 0.05,
+        *,
+        every_n_epochs: int = 1,
+        layers: list[str] | None = None,
+        ignore: list[str] | None = None,
+        balance: BalanceChoice = "auto",
+        horizon: int | Literal["auto"] | None = "auto",
+    ) -> None:
+        check_count("every_n_epochs", every_n_epochs)
+        self.policy = ReductionPolicy(
+            tolerance=tolerance, layers=layers, ignore=ignore, balance=balance, horizon=horizon
+        )
+        self.tolerance = tolerance
+        self.every_n_epochs = every_n_epochs
+        self.history: list[dict[str, Any]] = []
+        self._watch = LengthWatch(self.policy, batches=1)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Make checkpoints of reduced models loadable."""
+        install_resize_hooks(pl_module)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse patterns that match nothing before the first step."""
+        select_layers(pl_module, self.policy.layers, self.policy.ignore)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Watch the first batch for the length of the sequences."""
+        self._watch.attach(pl_module)
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Stop watching."""
+        self._watch.detach()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Record and log the spectra."""
+        if (trainer.current_epoch + 1) % self.every_n_epochs:
+            return
+        spectra = measure_spectra(pl_module, self.policy, self._watch.lengths)
+        self.history.append(
+            {
+                "step": trainer.global_step,
+                "epoch": trainer.current_epoch,
+                "spectra": {name: sigma.cpu() for name, sigma in spectra.items()},
+            }
+        )
+        metrics: dict[str, float] = {}
+        for name, sigma in spectra.items():
+            metrics[f"hankel/energy/{name}"] = float(sigma.sum())
+            metrics[f"hankel/rank/{name}"] = float(order_for_energy(sigma, self.tolerance))
+        pl_module.log_dict(metrics, sync_dist=trainer.world_size > 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history; plain types and tensors."""
+        return {"history": list(self.history), "sequences": self._watch.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the history of a checkpoint."""
+        self.history = list(state_dict["history"])
+        self._watch.load_state_dict(state_dict["sequences"])

@@ -1,0 +1,191 @@
+"""Find the SSM layers of a model, and see what lengths of sequence they process."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_compressm.errors import UnsupportedLayerError
+from lightning_compressm.families import Family, find_family, registered_families
+from lightning_compressm.families._base import tensor_of
+
+__all__ = ["LengthRecorder", "SSMLayer", "find_ssm_layers", "select_layers"]
+
+
+@dataclass(frozen=True, eq=False)
+class SSMLayer:
+    """One SSM layer of a model.
+
+    Attributes:
+        name: module name, without the wrappers of ``torch.compile``.
+        path: module name as the model has it.
+        module: the layer.
+        family: the :class:`~lightning_compressm.Family` that knows it.
+
+    Example:
+        >>> from lightning_compressm.nn import LRU
+        >>> find_ssm_layers(LRU(4, 8))[""].state_dim
+        8
+    """
+
+    name: str
+    path: str
+    module: nn.Module
+    family: Family
+
+    @property
+    def state_dim(self) -> int:
+        """The current state dimension N."""
+        return self.family.state_dim(self.module)
+
+
+def find_ssm_layers(model: nn.Module) -> dict[str, SSMLayer]:
+    """All SSM layers of ``model`` that a registered family knows.
+
+    Args:
+        model: any module, also compiled or wrapped.
+
+    Returns:
+        Module name -> :class:`SSMLayer`, in the order of ``named_modules``. A module that is
+        registered twice appears once.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_compressm.nn import LRU
+        >>> list(find_ssm_layers(nn.Sequential(nn.Linear(2, 4), LRU(4, 8))))
+        ['1']
+    """
+    found: dict[str, SSMLayer] = {}
+    for path, module in model.named_modules():
+        family = find_family(module)
+        if family is not None:
+            name = ".".join(part for part in path.split(".") if part != "_orig_mod")
+            found[name] = SSMLayer(name, path, module, family)
+    return found
+
+
+def select_layers(
+    model: nn.Module, layers: Sequence[str] | None = None, ignore: Sequence[str] | None = None
+) -> dict[str, SSMLayer]:
+    """The SSM layers that patterns leave over.
+
+    Args:
+        model: any module.
+        layers: glob patterns; ``None`` for all layers.
+        ignore: glob patterns of layers to leave out.
+
+    Returns:
+        Module name -> :class:`SSMLayer`.
+
+    Raises:
+        UnsupportedLayerError: if nothing is left, or two layers share some of their tensors.
+        ValueError: if a pattern matches no SSM layer.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_compressm.nn import LRU
+        >>> list(select_layers(nn.Sequential(LRU(4, 8), LRU(4, 8)), ignore=["0"]))
+        ['1']
+    """
+    found = find_ssm_layers(model)
+    if not found:
+        raise UnsupportedLayerError(_nothing_found(model))
+    for pattern in (*(layers or ()), *(ignore or ())):
+        if not any(fnmatchcase(name, pattern) for name in found):
+            raise ValueError(
+                f"the pattern {pattern!r} matches no SSM layer; expected one of: "
+                f"{', '.join(map(repr, found))}."
+            )
+    chosen = {
+        name: layer
+        for name, layer in found.items()
+        if (layers is None or _matches(name, layers)) and not _matches(name, ignore or ())
+    }
+    if not chosen:
+        raise UnsupportedLayerError(
+            f"`layers` and `ignore` leave none of the SSM layers {', '.join(map(repr, found))}."
+        )
+    _check_sharing(chosen.values())
+    return chosen
+
+
+class LengthRecorder:
+    """Records the longest sequence that each layer processes while it is attached.
+
+    Attributes:
+        lengths: layer name -> length in steps.
+
+    Example:
+        >>> import torch
+        >>> from lightning_compressm.nn import LRU
+        >>> layer = LRU(4, 8)
+        >>> with LengthRecorder(find_ssm_layers(layer)) as recorder:
+        ...     _ = layer(torch.zeros(1, 20, 4))
+        >>> recorder.lengths
+        {'': 20}
+    """
+
+    def __init__(self, layers: Mapping[str, SSMLayer]) -> None:
+        self.lengths: dict[str, int] = {}
+        self._handles: list[RemovableHandle] = [
+            layer.module.register_forward_pre_hook(self._hook(layer), with_kwargs=True)
+            for layer in layers.values()
+        ]
+
+    def close(self) -> None:
+        """Detach from all layers."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def __enter__(self) -> LengthRecorder:
+        """The recorder itself; it is attached from its construction on."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Detach."""
+        self.close()
+
+    def _hook(self, layer: SSMLayer) -> Any:
+        def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tensors = [t for t in (*args, *kwargs.values()) if torch.is_tensor(t)]
+            if tensors and tensors[0].ndim >= 2:
+                length = int(tensors[0].shape[layer.family.length_dim])
+                self.lengths[layer.name] = max(length, self.lengths.get(layer.name, 0))
+
+        return record
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _check_sharing(layers: Iterable[SSMLayer]) -> None:
+    """Layers may share all of their tensors or none: half-shared ones have no common basis."""
+    groups: dict[int, tuple[str, set[int]]] = {}
+    for layer in layers:
+        names = layer.family.state_axes(layer.module)
+        tensors = {id(tensor_of(layer.module, name)) for name in names}
+        for tensor in tensors:
+            other, theirs = groups.setdefault(tensor, (layer.name, tensors))
+            if theirs != tensors:
+                raise UnsupportedLayerError(
+                    f"'{layer.name}' and '{other}' share some of their state tensors but not all; "
+                    "expected all or none. Put one of them into `ignore`, or untie them."
+                )
+
+
+def _nothing_found(model: nn.Module) -> str:
+    counts = Counter(type(module).__name__ for module in model.modules())
+    seen = ", ".join(f"{name} x{count}" for name, count in counts.most_common(12))
+    known = ", ".join(registered_families())
+    return (
+        f"no SSM layer found in {type(model).__name__}. Looked at: {seen}. Known families: {known}."
+        " Register a Family for your own layer with lightning_compressm.register_family."
+    )

@@ -1,0 +1,130 @@
+"""The contract of an SSM architecture: how to read its systems and how to write them back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compressm.control import DiagonalLTI, Reduction
+from lightning_compressm.surgery.plan import MomentRule, Refill, SurgeryPlan, TensorEdit
+
+__all__ = ["Family"]
+
+
+class Family(ABC):
+    """One SSM architecture. Subclass it and :func:`register_family` it to support a layer.
+
+    A family never imports the package whose layers it knows: it matches by structure or by
+    qualified class name. Four methods are needed: :meth:`matches`, :meth:`state_axes`,
+    :meth:`system` and :meth:`write`; :meth:`example` makes the contract tests pick it up.
+
+    Attributes:
+        name: short name, shown in tables and histories.
+        state_dim_attributes: integer attributes that follow the state dimension where a layer has
+            them and they equal the old one.
+        length_dim: which dimension of the layer's input is time.
+
+    Example:
+        >>> import torch
+        >>> from lightning_compressm.families import find_family
+        >>> from lightning_compressm.nn import LRU
+        >>> find_family(LRU(4, 8)).name
+        'LRU'
+    """
+
+    name: ClassVar[str]
+    state_dim_attributes: ClassVar[tuple[str, ...]] = (
+        "d_state",
+        "state_dim",
+        "state_features",
+        "state_size",
+        "N",
+    )
+    length_dim: ClassVar[int] = -2
+
+    @abstractmethod
+    def matches(self, module: nn.Module) -> bool:
+        """Whether this family knows how to reduce ``module``."""
+
+    @abstractmethod
+    def state_axes(self, module: nn.Module) -> dict[str, int]:
+        """Names of the parameters and buffers that have a state dimension -> which one it is."""
+
+    @abstractmethod
+    def system(self, module: nn.Module) -> DiagonalLTI:
+        """The layer as a linear time-invariant system, on the layer's device."""
+
+    @abstractmethod
+    def write(self, module: nn.Module, system: DiagonalLTI) -> dict[str, Tensor]:
+        """The layer's tensors (all names of :meth:`state_axes`) that realise ``system``."""
+
+    def example(self, d_state: int = 8) -> tuple[nn.Module, Tensor]:
+        """A small layer of this family and an input for it, for the contract tests."""
+        raise NotImplementedError(f"{type(self).__name__} ships no example layer")
+
+    def moment_rules(
+        self, module: nn.Module, reduction: Reduction, values: Mapping[str, Tensor]
+    ) -> dict[str, MomentRule]:
+        """How optimizer moments of each tensor follow; the default refills them."""
+        return {name: Refill() for name in values}
+
+    def attributes(self, module: nn.Module, state_dim: int) -> dict[str, Any]:
+        """Attributes of the layer that follow the state dimension, with their new values."""
+        old = self.state_dim(module)
+        return {
+            name: state_dim
+            for name in self.state_dim_attributes
+            if getattr(module, name, None) == old
+        }
+
+    def state_dim(self, module: nn.Module) -> int:
+        """The current state dimension N."""
+        name, dim = next(iter(self.state_axes(module).items()))
+        return int(tensor_of(module, name).shape[dim])
+
+    def state_dim_in(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> int | None:
+        """The state dimension of a saved layer, or ``None`` if its tensors are not there."""
+        for name, dim in self.state_axes(module).items():
+            saved = tensors.get(name)
+            if saved is not None and saved.ndim == tensor_of(module, name).ndim:
+                return int(saved.shape[dim])
+        return None
+
+    def reduction_plan(self, module: nn.Module, reduction: Reduction) -> SurgeryPlan:
+        """The plan that turns ``module`` into its reduced self."""
+        values = self.write(module, reduction.system)
+        rules = self.moment_rules(module, reduction, values)
+        edits = {
+            name: TensorEdit(value.to(tensor_of(module, name).dtype), rules[name])
+            for name, value in values.items()
+        }
+        return SurgeryPlan(edits, self.attributes(module, reduction.system.order))
+
+    def resize_plan(self, module: nn.Module, state_dim: int) -> SurgeryPlan:
+        """The plan that gives ``module`` another state dimension before weights are loaded.
+
+        Only the shapes matter: leading entries are kept, new ones repeat the last.
+        """
+        edits = {}
+        for name, dim in self.state_axes(module).items():
+            tensor = tensor_of(module, name).detach()
+            index = torch.arange(state_dim, device=tensor.device).clamp_(max=tensor.shape[dim] - 1)
+            edits[name] = TensorEdit(tensor.index_select(dim, index))
+        return SurgeryPlan(edits, self.attributes(module, state_dim))
+
+
+def tensor_of(module: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer with a dotted name.
+
+    Example:
+        >>> from torch import nn
+        >>> tensor_of(nn.Sequential(nn.Linear(2, 3)), "0.weight").shape
+        torch.Size([3, 2])
+    """
+    path, _, key = name.rpartition(".")
+    tensor: Tensor = getattr(module.get_submodule(path), key)
+    return tensor

@@ -1,0 +1,92 @@
+"""Which families are known: the package's own, a user's, and those of other packages."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+from importlib.metadata import entry_points
+from typing import TypeVar
+
+from torch import nn
+
+from lightning_compressm.families._base import Family
+
+__all__ = ["ENTRY_POINT_GROUP", "find_family", "register_family", "registered_families"]
+
+ENTRY_POINT_GROUP = "lightning_compressm.families"
+"""Packages announce families of theirs under this entry point group."""
+
+FamilyT = TypeVar("FamilyT", bound=Family)
+
+_families: dict[str, Family] = {}
+
+
+def register_family(family: type[FamilyT]) -> type[FamilyT]:
+    """Class decorator: make a :class:`Family` known. The latest to register is asked first.
+
+    Args:
+        family: a concrete subclass of :class:`Family` with a ``name``; registering a name again
+            replaces the earlier one.
+
+    Returns:
+        The class itself.
+
+    Raises:
+        TypeError: if it is not a concrete Family with a name.
+
+    Example:
+        >>> from lightning_compressm.families.lru import LRUFamily
+        >>> register_family(LRUFamily) is LRUFamily
+        True
+    """
+    given: object = family
+    if not (isinstance(given, type) and issubclass(given, Family)):
+        raise TypeError(f"expected a subclass of Family, got {family!r}.")
+    if missing := sorted(getattr(family, "__abstractmethods__", ())):
+        raise TypeError(f"{family.__name__} lacks {', '.join(missing)}; see Family's docstring.")
+    if not isinstance(getattr(family, "name", None), str):
+        raise TypeError(f"{family.__name__} needs a class attribute `name` (a short string).")
+    _families.pop(family.name, None)
+    _families[family.name] = family()
+    return family
+
+
+def registered_families() -> dict[str, Family]:
+    """Name -> family, in the order in which they registered.
+
+    Example:
+        >>> "LRU" in registered_families()
+        True
+    """
+    _discover()
+    return dict(_families)
+
+
+def find_family(module: nn.Module) -> Family | None:
+    """The family that knows ``module``, or ``None``.
+
+    Example:
+        >>> from torch import nn
+        >>> find_family(nn.Linear(2, 2)) is None
+        True
+    """
+    _discover()
+    return next((f for f in reversed(_families.values()) if f.matches(module)), None)
+
+
+@cache
+def _discover() -> None:
+    """Import every public module of this folder, and every announced family, once."""
+    own = importlib.import_module("lightning_compressm.families")
+    users = dict(_families)
+    _families.clear()
+    for info in pkgutil.iter_modules(own.__path__):
+        if not info.name.startswith("_"):
+            importlib.import_module(f"{own.__name__}.{info.name}")
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        register_family(entry.load())
+    # A user's own family may have come first; it must still be asked first.
+    for name, family in users.items():
+        _families.pop(name, None)
+        _families[name] = family

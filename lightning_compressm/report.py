@@ -1,0 +1,141 @@
+"""What happened to each layer, as data, as a table, and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["CompressionReport", "LayerEvent", "format_table"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerEvent:
+    """One decision on one layer.
+
+    Attributes:
+        layer: module name.
+        family: name of the layer's family.
+        action: ``"reduce"``, ``"skip"`` or ``"rollback"``.
+        old_state_dim: state dimension before.
+        new_state_dim: state dimension after; the old one for a skip.
+        energy_kept: share of the Hankel energy (sum of HSVs) kept, in [0, 1].
+        error_bound: 2 * sum(discarded HSVs), a bound on the H-infinity norm of the layer's error;
+            ``None`` where no theorem holds (time-limited Gramians, ablations).
+        seconds: time of the analysis.
+        reason: why a layer was skipped, else empty.
+        balance: the balancing that was used.
+        horizon: the horizon that was used, ``None`` for infinite.
+        step: optimizer steps done before it.
+        epoch: epoch in which it happened.
+
+    Example:
+        >>> event = LayerEvent(layer="lru", family="LRU", old_state_dim=8, new_state_dim=4)
+        >>> event.action
+        'reduce'
+    """
+
+    layer: str
+    family: str
+    old_state_dim: int
+    new_state_dim: int
+    action: Literal["reduce", "skip", "rollback"] = "reduce"
+    energy_kept: float = 1.0
+    error_bound: float | None = None
+    seconds: float = 0.0
+    reason: str = ""
+    balance: str = ""
+    horizon: int | None = None
+    step: int = 0
+    epoch: int = 0
+
+    def at(self, step: int, epoch: int) -> LayerEvent:
+        """The same event, dated."""
+        return replace(self, step=step, epoch=epoch)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class CompressionReport:
+    """The result of :func:`lightning_compressm.compress`.
+
+    Attributes:
+        events: one :class:`LayerEvent` for each layer that was looked at.
+        spectra: layer name -> its HSVs before the reduction, descending.
+
+    Example:
+        >>> CompressionReport([]).to_dict()
+        {'events': []}
+    """
+
+    events: list[LayerEvent]
+    spectra: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def table(self) -> str:
+        """A plain-text table, one line for each layer."""
+        return format_table(self.events)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only, ready for JSON."""
+        return {"events": [event.to_dict() for event in self.events]}
+
+    def plot(self) -> Figure:
+        """HSV spectra with the kept dimension marked.
+
+        Raises:
+            ImportError: without matplotlib (the ``plot`` extra).
+        """
+        from lightning_compressm.plot import plot_spectra
+
+        kept = {event.layer: event.new_state_dim for event in self.events}
+        return plot_spectra(self.spectra, kept)
+
+    def __str__(self) -> str:
+        """The table."""
+        return self.table()
+
+
+_HEADER = ("layer", "family", "action", "states", "energy kept", "error bound", "note")
+
+
+def format_table(events: Iterable[LayerEvent]) -> str:
+    """A plain-text table of events, columns aligned.
+
+    Example:
+        >>> print(
+        ...     format_table(
+        ...         [LayerEvent(layer="lru", family="LRU", old_state_dim=8, new_state_dim=4)]
+        ...     )
+        ... )
+        layer  family  action  states  energy kept  error bound  note
+        -----  ------  ------  ------  -----------  -----------  ----
+        lru    LRU     reduce  8 -> 4  100.0%       -
+    """
+    rows = [_HEADER, *(_row(event) for event in events)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
+    rows.insert(1, tuple("-" * width for width in widths))
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def _row(event: LayerEvent) -> tuple[str, ...]:
+    bound = "-" if event.error_bound is None else f"{event.error_bound:.3g}"
+    return (
+        event.layer or "(model)",
+        event.family,
+        event.action,
+        f"{event.old_state_dim} -> {event.new_state_dim}",
+        f"{event.energy_kept:.1%}",
+        bound,
+        event.reason,
+    )

@@ -1,0 +1,191 @@
+"""Carry out a :class:`~lightning_compressm.surgery.plan.SurgeryPlan`: all of it or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lightning_compressm.errors import NonFiniteError, SurgeryError, UnsupportedLayerError
+from lightning_compressm.surgery.plan import SurgeryPlan, TensorEdit
+
+__all__ = ["AppliedSurgery", "Replacement", "apply_plan"]
+
+
+@dataclass(frozen=True, eq=False)
+class Replacement:
+    """One tensor that was replaced: the old object, the new one, and the edit that did it.
+
+    Example:
+        >>> import torch
+        >>> old, new = torch.zeros(4), torch.zeros(2)
+        >>> Replacement(old, new, TensorEdit(new)).new.shape
+        torch.Size([2])
+    """
+
+    old: Tensor
+    new: Tensor
+    edit: TensorEdit
+
+
+@dataclass(eq=False)
+class AppliedSurgery:
+    """What :func:`apply_plan` did, and how to take it back.
+
+    Attributes:
+        replaced: tensor name -> :class:`Replacement`.
+
+    Example:
+        >>> AppliedSurgery().replaced
+        {}
+    """
+
+    replaced: dict[str, Replacement] = field(default_factory=dict)
+    _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
+
+    def undo(self) -> None:
+        """Put every old object back (the same objects, so optimizers find them again)."""
+        while self._undo:
+            self._undo.pop()()
+        self.replaced.clear()
+
+
+def apply_plan(model: nn.Module, plan: SurgeryPlan) -> AppliedSurgery:
+    """Replace tensors and attributes of ``model`` in place as ``plan`` says.
+
+    New parameters are new objects with the dtype, device, ``requires_grad`` and custom attributes
+    of the old ones, set in every module that owns the old object (tied weights stay tied).
+    ``param.data = smaller`` would not do: autograd and fused optimizers keep the old shape.
+
+    Args:
+        model: any module; names in the plan are relative to it.
+        plan: what to change.
+
+    Returns:
+        A record with which optimizers are rebound, and ``.undo()``.
+
+    Raises:
+        SurgeryError: if a name is missing, or ranks or tied values disagree. Nothing was changed.
+        UnsupportedLayerError: for parametrizations and parameters with hooks.
+        NonFiniteError: if a new value holds NaN or infinity.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> layer = nn.Linear(3, 4, bias=False)
+        >>> plan = SurgeryPlan({"weight": TensorEdit(torch.zeros(2, 3))}, {"out_features": 2})
+        >>> done = apply_plan(layer, plan)
+        >>> layer.weight.shape, layer.out_features
+        (torch.Size([2, 3]), 2)
+        >>> done.undo()
+        ... layer.weight.shape
+        torch.Size([4, 3])
+    """
+    replacements = _prepare(model, plan)
+    homes = {name: _resolve(model, name) for name in plan.attributes}
+    applied = AppliedSurgery()
+    try:
+        for name, replacement in replacements.items():
+            for owner, key in _owners(model, replacement.old):
+                _set_tensor(owner, key, replacement.new)
+                applied._undo.append(_restorer(owner, key, replacement.old))
+            applied.replaced[name] = replacement
+        for name, value in plan.attributes.items():
+            owner, key = homes[name]
+            applied._undo.append(_attribute_restorer(owner, key))
+            setattr(owner, key, value)
+    except BaseException:
+        applied.undo()
+        raise
+    return applied
+
+
+def _prepare(model: nn.Module, plan: SurgeryPlan) -> dict[str, Replacement]:
+    """Check every edit and build every new tensor before the first assignment."""
+    replacements: dict[str, Replacement] = {}
+    by_old: dict[int, Replacement] = {}
+    for name, edit in plan.edits.items():
+        old = _find_tensor(model, name)
+        twin = by_old.get(id(old))
+        if twin is not None and not torch.equal(twin.edit.value, edit.value):
+            raise SurgeryError(
+                f"'{name}' shares its tensor with another edited name, but the plan gives the two "
+                "different values. Untie the layers, or keep one of them out with `ignore`."
+            )
+        replacement = twin or Replacement(old, _new_tensor(name, old, edit.value), edit)
+        replacements[name] = by_old[id(old)] = replacement
+    return replacements
+
+
+def _new_tensor(name: str, old: Tensor, value: Tensor) -> Tensor:
+    if old.ndim != value.ndim or old.is_complex() != value.is_complex():
+        raise SurgeryError(
+            f"'{name}': expected a value like shape {tuple(old.shape)} and dtype {old.dtype}, got "
+            f"{tuple(value.shape)} and {value.dtype}. The layer's family wrote a wrong plan."
+        )
+    new = value.detach().to(dtype=old.dtype, device=old.device, copy=True).contiguous()
+    if not new.is_meta and not torch.isfinite(new).all():
+        raise NonFiniteError(f"'{name}': the new value holds NaN or infinity; nothing was changed.")
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=old.requires_grad)
+        new.__dict__.update(old.__dict__)
+    return new
+
+
+def _find_tensor(model: nn.Module, name: str) -> Tensor:
+    owner, key = _resolve(model, name)
+    if parametrize.is_parametrized(owner, key):
+        raise UnsupportedLayerError(
+            f"'{name}' is parametrized; expected a plain parameter. Remove the parametrization "
+            "(torch.nn.utils.parametrize.remove_parametrizations) or ignore this layer."
+        )
+    stores: dict[str, Tensor | None] = {**owner._buffers, **owner._parameters}
+    tensor = stores.get(key)
+    if tensor is None:
+        raise SurgeryError(f"'{name}' is neither a parameter nor a buffer of the model.")
+    plain = type(tensor) in (nn.Parameter, Tensor, nn.Buffer)
+    hooked = tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None)
+    if not plain or hooked:
+        what = "hooks" if plain else f"type {type(tensor).__name__}"
+        raise UnsupportedLayerError(
+            f"'{name}' has {what}; expected a plain nn.Parameter without hooks, since they can't "
+            "be moved to a new one. Remove them or ignore this layer."
+        )
+    return tensor
+
+
+def _resolve(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds the last part of a dotted name, and that part."""
+    path, _, key = name.rpartition(".")
+    try:
+        return model.get_submodule(path), key
+    except AttributeError as error:
+        raise SurgeryError(f"'{name}': the model has no module '{path}'.") from error
+
+
+def _owners(model: nn.Module, tensor: Tensor) -> Iterator[tuple[nn.Module, str]]:
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for key, value in list(store.items()):
+                if value is tensor:
+                    yield module, key
+
+
+def _set_tensor(owner: nn.Module, key: str, tensor: Tensor) -> None:
+    store: dict[str, Any] = owner._parameters if key in owner._parameters else owner._buffers
+    store[key] = tensor
+
+
+def _restorer(owner: nn.Module, key: str, tensor: Tensor) -> Callable[[], None]:
+    return lambda: _set_tensor(owner, key, tensor)
+
+
+def _attribute_restorer(owner: nn.Module, key: str) -> Callable[[], None]:
+    if not hasattr(owner, key):
+        return lambda: delattr(owner, key)
+    old = getattr(owner, key)
+    return lambda: setattr(owner, key, old)

@@ -1,0 +1,216 @@
+"""How an optimizer's per-parameter state follows a change of basis.
+
+Gradients are covectors: with x = T x' the gradient of x' is T^H times that of x. Momentum-like
+state is a sum of gradients and follows the same matrices; second moments follow their squares
+(the diagonal of J diag(v) J^T); step sizes and other magnitudes keep their mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_compressm.surgery.apply import Replacement
+from lightning_compressm.surgery.plan import Combine, Contract, Select, real_parts
+
+__all__ = ["transport_states", "truncate_state"]
+
+State = dict[str, Any]
+
+_FIRST = {"exp_avg", "momentum_buffer", "grad_avg", "prev"}
+_SECOND = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "variance", "row_var", "col_var"}
+_POINT = {"ax"}
+_MAGNITUDE = {"exp_inf", "step_size", "acc_delta"}
+
+
+def transport_states(
+    replaced: Mapping[str, Replacement], states: Mapping[str, State]
+) -> dict[str, State]:
+    """New optimizer state for every replaced tensor that has state.
+
+    Args:
+        replaced: tensor name -> what replaced it.
+        states: tensor name -> the optimizer's state of the old tensor.
+
+    Returns:
+        Tensor name -> state. A name is missing where nothing could be carried, so that the
+        optimizer starts that parameter afresh.
+
+    Example:
+        >>> transport_states({}, {})
+        {}
+    """
+    order = sorted(states, key=lambda name: isinstance(replaced[name].edit.moments, Contract))
+    carried: dict[str, State] = {}
+    for name in order:
+        state = _transport_one(name, replaced, states, carried)
+        if state is not None:
+            carried[name] = state
+    return carried
+
+
+def truncate_state(replacement: Replacement, state: State) -> State | None:
+    """The leading entries of every state tensor, whatever the basis (as published).
+
+    Args:
+        replacement: the old and the new tensor.
+        state: the optimizer's state of the old tensor.
+
+    Returns:
+        The truncated state, or ``None`` where a state tensor does not have the parameter's shape.
+
+    Example:
+        >>> import torch
+        >>> from lightning_compressm.surgery.plan import TensorEdit
+        >>> new = torch.zeros(2)
+        >>> truncate_state(Replacement(torch.zeros(4), new, TensorEdit(new)), {"a": torch.ones(4)})
+        {'a': tensor([1., 1.])}
+    """
+    result: State = {}
+    for key, value in state.items():
+        if _keeps(value, replacement.old):
+            result[key] = value
+        elif _follows(value, replacement.old):
+            sizes = [min(v, n) for v, n in zip(value.shape, replacement.new.shape, strict=True)]
+            result[key] = value[tuple(slice(size) for size in sizes)].clone()
+        else:
+            return None
+    return result
+
+
+def _transport_one(
+    name: str,
+    replaced: Mapping[str, Replacement],
+    states: Mapping[str, State],
+    carried: Mapping[str, State],
+) -> State | None:
+    replacement = replaced[name]
+    result: State = {}
+    for key, value in states[name].items():
+        if _keeps(value, replacement.old):
+            result[key] = value
+        elif not _follows(value, replacement.old):
+            return None
+        else:
+            new = _transport_tensor(name, key, replaced, states, carried)
+            result[key] = new.to(value.dtype).contiguous()
+    return result
+
+
+def _transport_tensor(
+    name: str,
+    key: str,
+    replaced: Mapping[str, Replacement],
+    states: Mapping[str, State],
+    carried: Mapping[str, State],
+) -> Tensor:
+    replacement = replaced[name]
+    value: Tensor = states[name][key]
+    rule, kind = replacement.edit.moments, _kind(key, value)
+    if isinstance(rule, Select):
+        if value.shape[rule.dim] != replacement.old.shape[rule.dim]:
+            return value.clone()
+        return value.index_select(rule.dim, rule.index.to(value.device))
+    if kind == "point":
+        return replacement.new.detach().clone()
+    if isinstance(rule, Combine) and kind in ("first", "second"):
+        return _combine(name, key, rule, kind, replaced, states)
+    if isinstance(rule, Contract) and kind == "first":
+        return _contract(key, rule, value, carried)
+    scale = 1.0 if kind == "magnitude" or isinstance(rule, Combine) else rule.scale
+    return _refill(replacement, value, 0.0 if kind == "first" else scale)
+
+
+def _combine(
+    name: str,
+    key: str,
+    rule: Combine,
+    kind: str,
+    replaced: Mapping[str, Replacement],
+    states: Mapping[str, State],
+) -> Tensor:
+    value: Tensor = states[name][key]
+    if value.shape[rule.dim] == 1 != replaced[name].old.shape[rule.dim]:
+        return value.clone()  # already averaged over the dimension that changes (Adafactor)
+    sources: dict[str, Tensor] = {}
+    for source, state in states.items():
+        if torch.is_tensor(state.get(key)):
+            sources.update(real_parts(source, state[key]))
+    parts = [
+        _combine_part(rule.dim, rule.parts[part], kind, sources, real_parts(name, value))
+        for part in sorted(rule.parts, reverse=True)  # ":re" before ":im"
+    ]
+    return torch.complex(*parts) if len(parts) == 2 else parts[0]
+
+
+def _combine_part(
+    dim: int,
+    matrices: Mapping[str, Tensor],
+    kind: str,
+    sources: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+) -> Tensor:
+    like = next(iter(own.values()))
+    total, weight = torch.zeros(()), torch.zeros(())
+    for source, matrix in matrices.items():
+        if source not in sources:
+            continue  # frozen, or not yet stepped: it has no moments to contribute
+        m = matrix.to(like.device, torch.float64)
+        m = m.square() if kind == "second" else m
+        moved = torch.tensordot(m, sources[source].double(), ([1], [dim])).movedim(0, dim)
+        total, weight = total + moved, weight + m.abs().sum(1)
+    if kind == "second":  # a state made new, out of no old one, starts from the mean
+        empty = (weight == 0).nonzero().flatten()
+        total = total.index_fill(dim, empty, float(like.double().mean()))
+    return total.to(like.dtype)
+
+
+def _contract(key: str, rule: Contract, value: Tensor, carried: Mapping[str, State]) -> Tensor:
+    total = torch.zeros(())
+    moments: dict[str, Tensor] = {}
+    for source, state in carried.items():
+        if torch.is_tensor(state.get(key)):
+            moments.update(real_parts(source, state[key]))
+    for source, weights in rule.weights.items():
+        if source in moments:
+            total = total + (weights.to(value.device) * moments[source].double()).sum(rule.dim)
+    size = next(iter(rule.weights.values())).shape[0]
+    return total.to(value.device).expand(size).clone()
+
+
+def _refill(replacement: Replacement, value: Tensor, scale: float) -> Tensor:
+    shape = [
+        new if size == old else size
+        for size, old, new in zip(
+            value.shape, replacement.old.shape, replacement.new.shape, strict=True
+        )
+    ]
+    return value.new_full(shape, scale * value.double().mean().item() if scale else 0.0)
+
+
+def _kind(key: str, value: Tensor) -> str:
+    for kind, names in (
+        ("first", _FIRST),
+        ("second", _SECOND),
+        ("point", _POINT),
+        ("magnitude", _MAGNITUDE),
+    ):
+        if key in names:
+            return kind
+    # Unknown optimizers: what is never negative behaves like a second moment.
+    return "first" if value.is_complex() or bool((value < 0).any()) else "second"
+
+
+def _keeps(value: Any, old: Tensor) -> bool:
+    """Step counters, flags and other things without the parameter's shape."""
+    return not torch.is_tensor(value) or (value.numel() == 1 and value.shape != old.shape)
+
+
+def _follows(value: Tensor, old: Tensor) -> bool:
+    """Each dimension of the state is the parameter's, or 1."""
+    return value.ndim == old.ndim and all(
+        size in (1, full) for size, full in zip(value.shape, old.shape, strict=True)
+    )

@@ -1,0 +1,200 @@
+"""Bind optimizers to replaced parameters without making new optimizers.
+
+Schedulers, gradient scalers and Lightning's wrappers hold on to the optimizer object and to its
+parameter groups; so both stay, and only the tensors inside change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from copy import copy
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.optim import LBFGS, Adagrad, Optimizer
+
+from lightning_compressm.errors import UnsupportedOptimizerError
+from lightning_compressm.surgery.apply import AppliedSurgery, Replacement
+from lightning_compressm.surgery.moments import transport_states, truncate_state
+
+__all__ = ["OptimizerStatePolicy", "carry_gradients", "check_optimizer", "rebind_optimizers"]
+
+OptimizerStatePolicy = Literal["transport", "truncate", "reset"]
+
+
+def check_optimizer(optimizer: object) -> None:
+    """Refuse optimizers whose state could not be carried over.
+
+    Raises:
+        UnsupportedOptimizerError: for anything but a plain :class:`torch.optim.Optimizer`, and for
+            those that shard or flatten parameters, which would go silently wrong.
+
+    Example:
+        >>> import torch
+        >>> check_optimizer(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1))
+    """
+    name = type(optimizer).__name__
+    if not isinstance(optimizer, Optimizer):
+        raise UnsupportedOptimizerError(
+            f"expected torch.optim.Optimizer objects, got {name}. Pass the optimizer itself."
+        )
+    if any(cls.__name__ == "ZeroRedundancyOptimizer" for cls in type(optimizer).__mro__):
+        raise UnsupportedOptimizerError(
+            "ZeroRedundancyOptimizer shards its state by the parameters' sizes at construction; "
+            "a reduction would train wrong parameters. Use a plain optimizer with DDP."
+        )
+    held = _held_parameters(optimizer)
+    if held and not isinstance(optimizer, LBFGS):
+        raise UnsupportedOptimizerError(
+            f"{name} keeps its own references to parameters in {sorted(held)}; they would go stale "
+            "after a reduction. Use an optimizer that reads `param_groups`."
+        )
+
+
+def rebind_optimizers(
+    optimizers: Iterable[Optimizer],
+    applied: AppliedSurgery,
+    policy: OptimizerStatePolicy = "transport",
+) -> Callable[[], None]:
+    """Point every optimizer at the new parameters and carry its state over.
+
+    Args:
+        optimizers: all optimizers that may hold replaced parameters.
+        applied: what :func:`~lightning_compressm.surgery.apply.apply_plan` returned.
+        policy: ``"transport"`` carries moments through the change of basis, ``"truncate"`` slices
+            them by leading index, ``"reset"`` drops them. LBFGS always starts a new history,
+            since it describes a space that no longer exists.
+
+    Returns:
+        A function that undoes the rebinding.
+
+    Raises:
+        UnsupportedOptimizerError: before anything is changed.
+
+    Example:
+        >>> import torch
+        >>> from lightning_compressm.surgery.apply import apply_plan
+        >>> from lightning_compressm.surgery.plan import Select, SurgeryPlan, TensorEdit
+        >>> layer = torch.nn.Linear(2, 4, bias=False)
+        >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+        >>> keep = torch.tensor([0, 3])
+        >>> edit = TensorEdit(layer.weight[keep], Select(0, keep))
+        >>> undo = rebind_optimizers([optimizer], apply_plan(layer, SurgeryPlan({"weight": edit})))
+        >>> optimizer.param_groups[0]["params"][0] is layer.weight
+        True
+    """
+    optimizers = list(optimizers)
+    for optimizer in optimizers:
+        check_optimizer(optimizer)
+    new_states = [_new_states(optimizer, applied, policy) for optimizer in optimizers]
+    undos: list[Callable[[], None]] = []
+
+    def undo() -> None:
+        while undos:
+            undos.pop()()
+
+    try:
+        for optimizer, states in zip(optimizers, new_states, strict=True):
+            undos.append(_snapshot(optimizer))
+            _swap(optimizer, applied, states)
+    except BaseException:
+        undo()
+        raise
+    return undo
+
+
+def carry_gradients(applied: AppliedSurgery) -> None:
+    """Give the new parameters the pending gradients of the old ones, in the new basis.
+
+    Only for gradients that are still to be used (accumulated by hand across a reduction).
+
+    Example:
+        >>> from lightning_compressm.surgery.apply import AppliedSurgery
+        >>> carry_gradients(AppliedSurgery())
+    """
+    pending = {n: {"grad_avg": r.old.grad} for n, r in applied.replaced.items() if _has_grad(r)}
+    for name, state in transport_states(applied.replaced, pending).items():
+        applied.replaced[name].new.grad = state["grad_avg"]
+
+
+def _has_grad(replacement: Replacement) -> bool:
+    return replacement.old.is_leaf and replacement.old.grad is not None
+
+
+def _new_states(
+    optimizer: Optimizer, applied: AppliedSurgery, policy: OptimizerStatePolicy
+) -> dict[str, dict[str, Any]]:
+    if isinstance(optimizer, LBFGS):
+        return {}
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    states = {
+        name: dict(optimizer.state[replacement.old])
+        for name, replacement in applied.replaced.items()
+        if id(replacement.old) in held and optimizer.state.get(replacement.old)
+    }
+    if policy == "reset":
+        return {n: s for n in states if (s := _initial_state(optimizer, applied.replaced[n]))}
+    if policy == "transport":
+        carried = transport_states(applied.replaced, states)
+    else:
+        carried = {
+            name: state
+            for name, old in states.items()
+            if (state := truncate_state(applied.replaced[name], old)) is not None
+        }
+    for name in states.keys() - carried.keys():
+        carried[name] = _initial_state(optimizer, applied.replaced[name])
+    return carried
+
+
+def _initial_state(optimizer: Optimizer, replacement: Replacement) -> dict[str, Any]:
+    """Empty for optimizers that fill missing state lazily; Adagrad wants it from the start."""
+    if not isinstance(optimizer, Adagrad):
+        return {}
+    fresh = Adagrad([replacement.new], **optimizer.defaults)
+    return dict(fresh.state[replacement.new])
+
+
+def _swap(optimizer: Optimizer, applied: AppliedSurgery, states: dict[str, dict[str, Any]]) -> None:
+    new_of = {id(r.old): r.new for r in applied.replaced.values()}
+    touched = False
+    for group in optimizer.param_groups:
+        params = group["params"]
+        touched |= any(id(p) in new_of for p in params)
+        params[:] = [new_of.get(id(p), p) for p in params]
+    for name, replacement in applied.replaced.items():
+        optimizer.state.pop(replacement.old, None)
+        if states.get(name):
+            optimizer.state[replacement.new] = states[name]
+    if touched and isinstance(optimizer, LBFGS):
+        # It caches its parameter list and flat size, and would go on training the old tensors.
+        optimizer.state.clear()
+        optimizer._params = optimizer.param_groups[0]["params"]
+        optimizer._numel_cache = None
+
+
+def _snapshot(optimizer: Optimizer) -> Callable[[], None]:
+    lists = [(group["params"], list(group["params"])) for group in optimizer.param_groups]
+    state = copy(optimizer.state)
+    extra = {k: v for k, v in vars(optimizer).items() if k in ("_params", "_numel_cache")}
+
+    def restore() -> None:
+        for params, old in lists:
+            params[:] = old
+        optimizer.state.clear()
+        optimizer.state.update(state)
+        vars(optimizer).update(extra)
+
+    return restore
+
+
+def _held_parameters(optimizer: Optimizer) -> set[str]:
+    """Names of attributes other than param_groups and state that hold parameters."""
+    params = {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+    def holds(value: object) -> bool:
+        items = value if isinstance(value, list | tuple) else [value]
+        return any(isinstance(item, Tensor) and id(item) in params for item in items)
+
+    own = {k: v for k, v in vars(optimizer).items() if k not in ("param_groups", "state")}
+    return {name for name, value in own.items() if holds(value)}

@@ -1,0 +1,221 @@
+"""A change of a model written down as data: it can be checked, broadcast, saved and undone.
+
+A :class:`SurgeryPlan` names tensors and attributes of a module and says what each becomes. For
+every tensor it also says how an optimizer's moments follow (a *moment rule*), because the new
+parameters usually live in another basis than the old ones.
+
+A complex tensor ``B`` counts as two real parts, ``B:re`` and ``B:im``: optimizers treat them as
+two real numbers as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_compressm.errors import SurgeryError
+
+__all__ = ["Combine", "Contract", "MomentRule", "Refill", "Select", "SurgeryPlan", "TensorEdit"]
+
+
+@dataclass(frozen=True, eq=False)
+class Select:
+    """Moments are picked by index along ``dim``, exactly as the tensor's own entries.
+
+    Example:
+        >>> import torch
+        >>> Select(0, torch.tensor([2, 0])).index.tolist()
+        [2, 0]
+    """
+
+    dim: int
+    index: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Combine:
+    """First moments are real-linear combinations of old ones along ``dim``.
+
+    ``parts`` maps each real part of the new tensor (``""``, or ``":re"`` and ``":im"`` of a
+    complex one) to ``{source part: matrix (new, old)}``. Second moments follow with the squared
+    matrices, the diagonal approximation of ``J diag(v) J^T``.
+
+    Example:
+        >>> import torch
+        >>> rule = Combine(0, {"": {"B_re": torch.eye(2), "B_im": torch.zeros(2, 2)}})
+        >>> sorted(rule.parts[""])
+        ['B_im', 'B_re']
+    """
+
+    dim: int
+    parts: Mapping[str, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class Contract:
+    """First moment = sum over sources of ``(weights * new source moment).sum(dim)``.
+
+    For a gain g in ``B~ = g B`` the chain rule gives ``dL/d log g = sum_h <dL/dB, B>``: a
+    contraction of moments that were carried already. Second moments are refilled.
+
+    Example:
+        >>> import torch
+        >>> Contract(1, {"B": torch.ones(2, 3)}).dim
+        1
+    """
+
+    dim: int
+    weights: Mapping[str, Tensor]
+    scale: float = 2.0
+
+
+@dataclass(frozen=True, eq=False)
+class Refill:
+    """First moments start at zero, second moments at ``scale`` times their old mean.
+
+    For coordinates whose gradients have no linear transport (eigenvalues); a larger second moment
+    only makes the first steps after a reduction smaller.
+
+    Example:
+        >>> Refill().scale
+        2.0
+    """
+
+    scale: float = 2.0
+
+
+MomentRule = Select | Combine | Contract | Refill
+_RULES: dict[str, type[Any]] = {
+    "select": Select,
+    "combine": Combine,
+    "contract": Contract,
+    "refill": Refill,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class TensorEdit:
+    """The new value of one parameter or buffer, and how optimizer moments follow it.
+
+    Example:
+        >>> import torch
+        >>> TensorEdit(torch.zeros(4)).moments.scale
+        2.0
+    """
+
+    value: Tensor
+    moments: MomentRule = field(default_factory=Refill)
+
+
+@dataclass(frozen=True, eq=False)
+class SurgeryPlan:
+    """What becomes of named tensors and attributes, relative to some module.
+
+    Attributes:
+        edits: dotted tensor name -> :class:`TensorEdit`.
+        attributes: dotted attribute name -> new value (numbers, strings, tensors).
+
+    Example:
+        >>> import torch
+        >>> plan = SurgeryPlan({"nu_log": TensorEdit(torch.zeros(4))}, {"d_state": 4})
+        >>> sorted(plan.prefixed("net.lru").edits)
+        ['net.lru.nu_log']
+    """
+
+    edits: Mapping[str, TensorEdit] = field(default_factory=dict)
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        """Whether the plan changes anything."""
+        return bool(self.edits or self.attributes)
+
+    def prefixed(self, prefix: str) -> SurgeryPlan:
+        """The same plan seen from a parent in which this module is called ``prefix``."""
+        if not prefix:
+            return self
+        edits = {
+            f"{prefix}.{name}": TensorEdit(edit.value, _prefix_rule(edit.moments, prefix))
+            for name, edit in self.edits.items()
+        }
+        return SurgeryPlan(edits, {f"{prefix}.{k}": v for k, v in self.attributes.items()})
+
+    @staticmethod
+    def merge(plans: Iterable[SurgeryPlan]) -> SurgeryPlan:
+        """One plan out of several that touch different names.
+
+        Raises:
+            SurgeryError: if two plans name the same tensor.
+        """
+        edits: dict[str, TensorEdit] = {}
+        attributes: dict[str, Any] = {}
+        for plan in plans:
+            if twice := edits.keys() & plan.edits.keys():
+                raise SurgeryError(f"expected each tensor in one plan; got {sorted(twice)} twice.")
+            edits.update(plan.edits)
+            attributes.update(plan.attributes)
+        return SurgeryPlan(edits, attributes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, strings, numbers and CPU tensors (loads with ``weights_only=True``)."""
+        edits = {
+            name: {"value": edit.value, **_rule_to_dict(edit.moments)}
+            for name, edit in self.edits.items()
+        }
+        data: dict[str, Any] = _on_cpu({"edits": edits, "attributes": dict(self.attributes)})
+        return data
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> SurgeryPlan:
+        """The inverse of :meth:`to_dict`."""
+        edits = {
+            name: TensorEdit(entry["value"], _RULES[entry["rule"]](**entry["moments"]))
+            for name, entry in data["edits"].items()
+        }
+        return SurgeryPlan(edits, dict(data["attributes"]))
+
+
+def _rule_to_dict(rule: MomentRule) -> dict[str, Any]:
+    kind = next(name for name, cls in _RULES.items() if isinstance(rule, cls))
+    moments = dict(vars(rule))
+    if isinstance(rule, Combine):
+        moments["parts"] = {part: dict(sources) for part, sources in rule.parts.items()}
+    if isinstance(rule, Contract):
+        moments["weights"] = dict(rule.weights)
+    return {"rule": kind, "moments": moments}
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _on_cpu(item) for key, item in value.items()}
+    return value.detach().cpu() if torch.is_tensor(value) else value
+
+
+def _prefix_rule(rule: MomentRule, prefix: str) -> MomentRule:
+    if isinstance(rule, Combine):
+        parts = {
+            part: {f"{prefix}.{source}": matrix for source, matrix in sources.items()}
+            for part, sources in rule.parts.items()
+        }
+        return Combine(rule.dim, parts)
+    if isinstance(rule, Contract):
+        weights = {f"{prefix}.{source}": w for source, w in rule.weights.items()}
+        return Contract(rule.dim, weights, rule.scale)
+    return rule
+
+
+def real_parts(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """``{name: tensor}``, or the views ``name:re`` and ``name:im`` of a complex tensor.
+
+    Example:
+        >>> import torch
+        >>> sorted(real_parts("B", torch.zeros(2, dtype=torch.complex64)))
+        ['B:im', 'B:re']
+    """
+    if not tensor.is_complex():
+        return {name: tensor}
+    pair = torch.view_as_real(tensor)
+    return {f"{name}:re": pair[..., 0], f"{name}:im": pair[..., 1]}
