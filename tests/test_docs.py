@@ -1,0 +1,113 @@
+"""The documentation is true: its code runs, its links lead somewhere, its site builds."""
+
+from __future__ import annotations
+
+import doctest
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_compressm.families import _registry
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(?P<language>[\w{}-]+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)\s]+)\)")
+OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+
+def _page(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def blocks(text: str) -> Iterator[tuple[int, str, str]]:
+    """Line number, language and content of each fenced block."""
+    for match in BLOCK.finditer(text):
+        line = text.count("\n", 0, match.start("code")) + 1
+        yield line, match["language"], match["code"]
+
+
+def anchors(text: str) -> set[str]:
+    """Anchors of the headings, as GitHub and MyST make them."""
+    prose = BLOCK.sub("", text)
+    headings = re.findall(r"^#+ (.*)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", h.lower()).strip().replace(" ", "-") for h in headings}
+
+
+def run_page(path: Path) -> None:
+    """Run the Python and doctest blocks of a page in order, in one namespace."""
+    space: dict[str, Any] = {"__name__": "__page__"}
+    for line, language, code in blocks(path.read_text()):
+        if language == "python":
+            padded = "\n" * (line - 1) + code
+            exec(compile(padded, str(path), "exec"), space)
+        elif language == "pycon":
+            test = doctest.DocTestParser().get_doctest(code, space, _page(path), str(path), line)
+            test.globs = space
+            report: list[str] = []
+            runner = doctest.DocTestRunner(optionflags=OPTIONS)
+            runner.run(test, out=report.append, clear_globs=False)
+            assert not runner.failures, "".join(report)
+
+
+@pytest.fixture
+def _families_restored() -> Iterator[None]:
+    """Pages may register families; the other tests must not see them."""
+    known = _registry.registered_families()
+    yield
+    _registry._families.clear()
+    _registry._families.update(known)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.usefixtures("_families_restored")
+@pytest.mark.parametrize("path", PAGES, ids=_page)
+def test_code_runs(path: Path):
+    run_page(path)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=_page)
+def test_code_blocks_are_run_or_no_python(path: Path):
+    known = {"python", "pycon", "console", "bibtex", "{eval-rst}", "{toctree}"}
+    assert {language for _, language, _ in blocks(path.read_text())} <= known
+
+
+@pytest.mark.parametrize("path", PAGES, ids=_page)
+def test_internal_links_resolve(path: Path):
+    for match in LINK.finditer(BLOCK.sub("", path.read_text())):
+        target, _, anchor = match["target"].partition("#")
+        if target.startswith(("http:", "https:", "mailto:")):
+            continue
+        file = path.parent / target if target else path
+        assert file.exists(), f"{_page(path)} links to {match['target']}"
+        if anchor:
+            assert anchor in anchors(file.read_text()), f"{_page(path)}: {match['target']}"
+
+
+def test_every_page_is_in_the_contents():
+    listed = set((ROOT / "docs" / "index.md").read_text().split())
+    assert not [p.stem for p in (ROOT / "docs").glob("*.md") if p.stem not in listed | {"index"}]
+
+
+def test_readme_has_a_place_for_the_demo():
+    text = (ROOT / "README.md").read_text()
+    assert text.count("<!-- demo:begin -->") == text.count("<!-- demo:end -->") == 1
+    assert text.index("<!-- demo:begin -->") < text.index("<!-- demo:end -->")
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_warnings(tmp_path: Path):
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html"]
+    done = subprocess.run(
+        [*command, "-d", tmp_path / "trees", ROOT / "docs", tmp_path / "html"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "html" / "index.html").exists()
