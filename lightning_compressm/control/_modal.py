@@ -1,0 +1,206 @@
+"""From balanced coordinates of one system to a diagonal reduced system of a fixed order."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lightning_compressm.control.hankel import Balancing, scaled_projections
+from lightning_compressm.control.system import DiagonalLTI
+from lightning_compressm.errors import IllConditionedError, NonFiniteError
+
+__all__ = ["ModalForm", "identity", "modal_form"]
+
+MAX_CONDITION = 1e8
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+@dataclass(frozen=True, eq=False)
+class ModalForm:
+    """A diagonal system of r states with its widely linear maps from and to N old states.
+
+    ``x' = left @ x + left_conj @ conj(x)`` and ``x ~ right @ x' + right_conj @ conj(x')``.
+    ``kept`` holds the indices of the balanced states it spans, ``rank`` how many of its states are
+    genuine (the rest is padding).
+    """
+
+    eigenvalues: Tensor
+    B: Tensor
+    C: Tensor
+    left: Tensor
+    left_conj: Tensor
+    right: Tensor
+    right_conj: Tensor
+    kept: Tensor
+    rank: int
+
+    def upper(self) -> ModalForm:
+        """Conjugate the states with ``Im(lambda) < 0``; the real output stays as it is."""
+        low = self.eigenvalues.imag < 0
+        row, column = low.unsqueeze(-1), low.unsqueeze(-2)
+        return replace(
+            self,
+            eigenvalues=torch.where(low, self.eigenvalues.conj(), self.eigenvalues),
+            B=torch.where(row, self.B.conj(), self.B),
+            C=torch.where(column, self.C.conj(), self.C),
+            left=torch.where(row, self.left_conj.conj(), self.left),
+            left_conj=torch.where(row, self.left.conj(), self.left_conj),
+            right=torch.where(column, self.right_conj, self.right),
+            right_conj=torch.where(column, self.right, self.right_conj),
+        )
+
+    def padded(self, order: int, original: DiagonalLTI) -> ModalForm:
+        """Add states that the output does not see (``C = 0``), but that training can take up."""
+        extra = order - self.rank
+        if extra <= 0:
+            return self
+        eigenvalues, b = _spare_states(original, extra)
+        rows, columns = (0, 0, 0, extra), (0, extra)
+        return replace(
+            self,
+            eigenvalues=torch.cat([self.eigenvalues, eigenvalues]),
+            B=torch.cat([self.B, b]),
+            C=pad(self.C, columns),
+            left=pad(self.left, rows),
+            left_conj=pad(self.left_conj, rows),
+            right=pad(self.right, columns),
+            right_conj=pad(self.right_conj, columns),
+        )
+
+
+def identity(system: DiagonalLTI, balance: str) -> ModalForm:
+    """All states of one system, exactly as they are (folded unless the balance is complex)."""
+    n, device = system.order, system.B.device
+    eye = torch.eye(n, dtype=torch.complex128, device=device)
+    zero = torch.zeros_like(eye)
+    kept = torch.arange(2 * n if balance == "real" else n, device=device)
+    form = ModalForm(system.eigenvalues, system.B, system.C, eye, zero, eye, zero, kept, n)
+    return form if balance == "complex" else form.upper()
+
+
+def modal_form(balancing: Balancing, kept: Tensor, order: int) -> ModalForm:
+    """Truncate one balanced system to the states ``kept`` and diagonalise it again.
+
+    Args:
+        balancing: One system (no batch dimensions).
+        kept: Indices of balanced states, the most important one first.
+        order: Largest number of complex states that the result may have.
+
+    Raises:
+        IllConditionedError: If the eigenvectors are too close to dependent.
+        NonFiniteError: If NaN or infinity comes out.
+    """
+    if len(kept) == 0:
+        return _empty(balancing.system, kept)
+    form = (_real_form if balancing.balance == "real" else _complex_form)(balancing, kept, order)
+    parts = (form.eigenvalues, form.B, form.C, form.left, form.left_conj, form.right)
+    if not all(bool(torch.isfinite(part).all()) for part in parts):
+        raise NonFiniteError(
+            f"expected finite matrices, got NaN or infinity in the reduction to order {order}; keep "
+            "the layer as it is, or ask for fewer states"
+        )
+    return form
+
+
+def _empty(system: DiagonalLTI, kept: Tensor) -> ModalForm:
+    row, column = system.B.new_zeros(0, system.order), system.B.new_zeros(system.order, 0)
+    nothing = (system.eigenvalues[:0], system.B[:0], system.C[:, :0])
+    return ModalForm(*nothing, row, row, column, column, kept, 0)
+
+
+def _projections(balancing: Balancing, kept: Tensor) -> tuple[Tensor, Tensor]:
+    return scaled_projections(
+        balancing.controllability,
+        balancing.observability,
+        balancing.left[:, kept],
+        balancing.sigma[kept],
+        balancing.right[:, kept],
+    )
+
+
+def _complex_form(balancing: Balancing, kept: Tensor, order: int) -> ModalForm:
+    system = balancing.system
+    folded = system.folded() if balancing.balance == "folded" else system
+    t_l, t_r = _projections(balancing, kept)
+    eigenvalues, vectors, inverse = _diagonalise((t_l * folded.eigenvalues) @ t_r)
+    left, right = inverse @ t_l, t_r @ vectors
+    reduced = (eigenvalues, left @ folded.B, folded.C @ right)
+    if balancing.balance == "complex":
+        zero_l, zero_r = torch.zeros_like(left), torch.zeros_like(right)
+        return ModalForm(*reduced, left, zero_l, right, zero_r, kept, len(kept))
+    low = system.eigenvalues.imag < 0
+    tall = low.unsqueeze(-1)
+    lefts = torch.where(low, 0, left), torch.where(low, left, 0)
+    rights = torch.where(tall, 0, right), torch.where(tall, right.conj(), 0)
+    return ModalForm(*reduced, *lefts, *rights, kept, len(kept))
+
+
+def _real_form(balancing: Balancing, kept: Tensor, order: int) -> ModalForm:
+    system, n = balancing.system, balancing.system.order
+    t_l, t_r = _projections(balancing, kept)
+    re, im = system.eigenvalues.real.unsqueeze(-1), system.eigenvalues.imag.unsqueeze(-1)
+    upper, lower = t_r[:n], t_r[n:]
+    projected = t_l @ torch.cat([re * upper - im * lower, im * upper + re * lower])
+    size = _largest_fit(projected, order)
+    eigenvalues, vectors, inverse = _diagonalise(projected[:size, :size])
+    keep = eigenvalues.imag >= 0
+    is_real = eigenvalues[keep].imag == 0
+    rows = inverse[keep] @ t_l[:size].to(inverse.dtype)
+    columns = t_r[:, :size].to(vectors.dtype) @ vectors[:, keep]
+    # A real mode appears once: half of it goes to the state, half to its conjugate.
+    rows = torch.where(is_real.unsqueeze(-1), rows.real.to(rows.dtype), rows)
+    columns = torch.where(is_real, columns.real.to(columns.dtype) / 2, columns)
+    left, left_conj = (rows[:, :n] - 1j * rows[:, n:]) / 2, (rows[:, :n] + 1j * rows[:, n:]) / 2
+    right = columns[:n] + 1j * columns[n:]
+    right_conj = columns[:n].conj() + 1j * columns[n:].conj()
+    b = left @ system.B + left_conj @ system.B.conj()
+    c = system.C @ right + system.C.conj() @ right_conj.conj()
+    maps = (left, left_conj, right, right_conj)
+    return ModalForm(eigenvalues[keep], b, c, *maps, kept[:size], int(keep.sum()))
+
+
+def _largest_fit(projected: Tensor, order: int) -> int:
+    """Largest leading block whose complex pairs and real poles fit into ``order`` states."""
+    size = projected.shape[-1]
+    while size > order:
+        values = torch.linalg.eigvals(projected[:size, :size])
+        if int((values.imag >= 0).sum()) <= order:
+            break
+        size -= 1
+    return size
+
+
+def _diagonalise(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if not bool(torch.isfinite(matrix).all()):
+        raise NonFiniteError("expected a finite reduced state matrix, got NaN or infinity")
+    eigenvalues, vectors = torch.linalg.eig(matrix)
+    inverse, failed = torch.linalg.inv_ex(vectors)
+    # The Frobenius norms bound the condition number from above and cost nothing.
+    condition = float(torch.linalg.norm(vectors) * torch.linalg.norm(inverse))
+    if int(failed) or not condition <= MAX_CONDITION:
+        condition = float(torch.linalg.cond(vectors))
+    if not condition <= MAX_CONDITION:
+        raise IllConditionedError(
+            f"expected eigenvectors with a condition number up to {MAX_CONDITION:.0e}, got "
+            f"{condition:.3g} for {matrix.shape[-1]} states: the reduced system can't be written in "
+            "diagonal form safely; keep the layer, or choose another number of states"
+        )
+    return eigenvalues, vectors, inverse
+
+
+def _spare_states(original: DiagonalLTI, count: int) -> tuple[Tensor, Tensor]:
+    """Eigenvalues spread over those of the original, and inputs that give unit state variance."""
+    by_radius = original.eigenvalues[original.eigenvalues.abs().argsort()]
+    quantiles = (torch.arange(count, device=by_radius.device) + 0.5) / count * len(by_radius)
+    eigenvalues = by_radius[quantiles.long()]
+    entries = torch.arange(1, count * original.n_inputs + 1, device=by_radius.device)
+    phase = 2 * math.pi * (entries.double() * _GOLDEN).frac()
+    b = torch.polar(torch.ones_like(phase), phase).view(count, original.n_inputs)
+    if not bool(original.B.imag.any()):
+        b = b.real.to(b.dtype)
+    size = (1 - eigenvalues.abs().square()).sqrt().unsqueeze(-1)
+    return eigenvalues, b * size / torch.linalg.vector_norm(b, dim=-1, keepdim=True)

@@ -1,0 +1,221 @@
+"""Controllability and observability Gramians of diagonal systems, in closed form."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor
+
+from lightning_compressm.control.system import DiagonalLTI
+
+__all__ = ["check_horizon", "gramians", "impulse_energy", "real_gramians"]
+
+_SPLITTER = 2.0**27 + 1  # Veltkamp's constant: splits a float64 into two halves of 26 bits
+
+
+def check_horizon(horizon: int | None) -> int | None:
+    """Return the horizon as an int, or None for an infinite one.
+
+    Args:
+        horizon: Number of steps, at least 1, or None.
+
+    Raises:
+        ValueError: If it is neither None nor an integer of at least 1.
+
+    Example:
+        >>> check_horizon(64)
+        64
+    """
+    if horizon is None:
+        return None
+    try:
+        steps = operator.index(horizon)
+    except TypeError:
+        steps = 0
+    if isinstance(horizon, bool) or steps < 1:
+        raise ValueError(
+            f"expected horizon=None (infinite) or a number of steps >= 1, got {horizon!r}; "
+            "use the length of your sequences"
+        )
+    return steps
+
+
+def gramians(system: DiagonalLTI, *, horizon: int | None = None) -> tuple[Tensor, Tensor]:
+    """Gramians of the complex system ``(Lambda, B, C)``, infinite or limited to ``horizon`` steps.
+
+    ``P = sum_t Lambda^t B B^H Lambda^tH`` and ``Q = sum_t Lambda^tH C^H C Lambda^t`` over
+    ``t = 0 .. horizon - 1``. For a diagonal ``Lambda`` the sums are geometric, entry by entry
+    (Antoulas, *Approximation of Large-Scale Dynamical Systems*, 2005, sections 4.3 and 7.3).
+
+    Args:
+        system: Stable system(s) with N states.
+        horizon: Number of steps, at least 1; None for infinitely many.
+
+    Returns:
+        ``(P, Q)``, Hermitian, complex128, each of shape ``(..., N, N)``.
+
+    Raises:
+        NonFiniteError: If a parameter is NaN or infinite.
+        UnstableSystemError: If an eigenvalue is on or outside the unit circle.
+        ValueError: If the horizon is not None and not an integer of at least 1.
+
+    Example:
+        >>> import torch
+        >>> one = torch.ones(1, 1)
+        >>> P, Q = gramians(DiagonalLTI(torch.tensor([0.5]), one, one))
+        >>> round(P.real.item(), 6)
+        1.333333
+        >>> P, Q = gramians(DiagonalLTI(torch.tensor([0.5]), one, one), horizon=2)
+        >>> P.real.item()
+        1.25
+    """
+    full = system.check().double()
+    kernel = _Kernel(full.eigenvalues, check_horizon(horizon)).hermitian()
+    return (full.B @ full.B.mH) * kernel, (full.C.mH @ full.C) * kernel.conj()
+
+
+def real_gramians(system: DiagonalLTI, *, horizon: int | None = None) -> tuple[Tensor, Tensor]:
+    """Gramians of the real system with state ``[Re x; Im x]`` and output ``Re(C x)``.
+
+    Built from the Hermitian Gramians and their unconjugated counterparts ``sum Lambda^t B B^T
+    Lambda^t`` and ``sum Lambda^t C^T C Lambda^t``. They do not depend on which of its states a
+    layer happens to store conjugated.
+
+    Args:
+        system: Stable system(s) with N states and real outputs.
+        horizon: Number of steps, at least 1; None for infinitely many.
+
+    Returns:
+        ``(P, Q)``, symmetric, float64, each of shape ``(..., 2N, 2N)``.
+
+    Raises:
+        NonFiniteError: If a parameter is NaN or infinite.
+        UnstableSystemError: If an eigenvalue is on or outside the unit circle.
+        ValueError: If the horizon is not valid, or the system's output is complex.
+
+    Example:
+        >>> import torch
+        >>> one = torch.ones(1, 1)
+        >>> P, Q = real_gramians(DiagonalLTI(torch.tensor([0.5j]), one, one))
+        >>> P
+        tensor([[1.0667, 0.0000],
+                [0.0000, 0.2667]], dtype=torch.float64)
+    """
+    system.require_real_output("the real Gramian")
+    full = system.check().double()
+    kernel = _Kernel(full.eigenvalues, check_horizon(horizon))
+    hermitian, symmetric = kernel.hermitian(), kernel.symmetric()
+    p, m = (full.B @ full.B.mH) * hermitian, (full.B @ full.B.mT) * symmetric
+    q, s = (full.C.mH @ full.C) * hermitian.conj(), (full.C.mT @ full.C) * symmetric
+    controllability = _blocks(p.real + m.real, m.imag - p.imag, m.imag + p.imag, p.real - m.real)
+    observability = _blocks(q.real + s.real, -q.imag - s.imag, q.imag - s.imag, q.real - s.real)
+    return controllability / 2, observability / 2
+
+
+def impulse_energy(system: DiagonalLTI, *, horizon: int | None = None) -> Tensor:
+    """Sum of squares of the impulse response: the squared H2 norm, or its time-limited form.
+
+    ``sum_t |Re h_t|^2 = (sum_t |h_t|^2 + Re sum_t h_t^2) / 2`` gives the energy of real outputs.
+
+    Args:
+        system: Stable system(s).
+        horizon: Number of steps, at least 1; None for infinitely many.
+
+    Returns:
+        Energy in float64, shape ``(...)``.
+
+    Raises:
+        NonFiniteError: If a parameter is NaN or infinite.
+        UnstableSystemError: If an eigenvalue is on or outside the unit circle.
+        ValueError: If the horizon is not None and not an integer of at least 1.
+
+    Example:
+        >>> import torch
+        >>> one = torch.ones(1, 1)
+        >>> impulse_energy(DiagonalLTI(torch.tensor([0.5]), one, one), horizon=2)
+        tensor(1.2500, dtype=torch.float64)
+    """
+    full = system.check().double()
+    kernel = _Kernel(full.eigenvalues, check_horizon(horizon))
+    p = (full.B @ full.B.mH) * kernel.hermitian()
+    energy = ((full.C.mH @ full.C).mT * p).real.sum((-2, -1))
+    if not system.real_output:
+        return energy
+    m = (full.B @ full.B.mT) * kernel.symmetric()
+    return (energy + ((full.C.mT @ full.C) * m).real.sum((-2, -1))) / 2
+
+
+def _blocks(
+    upper_left: Tensor, upper_right: Tensor, lower_left: Tensor, lower_right: Tensor
+) -> Tensor:
+    upper = torch.cat([upper_left, upper_right], -1)
+    return torch.cat([upper, torch.cat([lower_left, lower_right], -1)], -2)
+
+
+class _Kernel:
+    """The geometric sums ``sum_t (lambda_i mu_j)^t``, with ``mu`` either conj(lambda) or lambda.
+
+    Near the unit circle ``1 - lambda_i conj(lambda_j)`` cancels. With ``gap = 1 - |lambda|^2`` known
+    to full relative precision, ``2 (1 - Re(lambda_i conj(lambda_j))) = gap_i + gap_j +
+    |lambda_i - lambda_j|^2`` is a sum of positive terms, so nothing is lost.
+    """
+
+    def __init__(self, eigenvalues: Tensor, horizon: int | None) -> None:
+        self.eigenvalues, self.gap = eigenvalues, _unit_gap(eigenvalues)
+        self.power, self.power_gap = self.eigenvalues, self.gap
+        self.horizon = horizon
+        for bit in "" if horizon is None else format(horizon, "b")[1:]:
+            self._double()
+            if bit == "1":
+                self._increment()
+
+    def _double(self) -> None:
+        self.power = self.power * self.power
+        self.power_gap = self.power_gap * (2 - self.power_gap)
+
+    def _increment(self) -> None:
+        self.power = self.power * self.eigenvalues
+        self.power_gap = self.power_gap + self.gap * (1 - self.power_gap)
+
+    def hermitian(self) -> Tensor:
+        return self._sum(self.eigenvalues, self.power)
+
+    def symmetric(self) -> Tensor:
+        return self._sum(self.eigenvalues.conj(), self.power.conj())
+
+    def _sum(self, other: Tensor, other_power: Tensor) -> Tensor:
+        denominator = _one_minus_product(self.eigenvalues, other, self.gap)
+        if self.horizon is None:
+            return 1 / denominator
+        return _one_minus_product(self.power, other_power, self.power_gap) / denominator
+
+
+def _one_minus_product(left: Tensor, right: Tensor, gap: Tensor) -> Tensor:
+    """``1 - left_i conj(right_j)``, where both have the same ``gap = 1 - |.|^2``."""
+    column, row = left.unsqueeze(-1), right.unsqueeze(-2)
+    difference = column - row
+    squared = difference.real.square() + difference.imag.square()
+    real = (gap.unsqueeze(-1) + gap.unsqueeze(-2) + squared) / 2
+    imag = difference.real * row.imag - difference.imag * row.real
+    return torch.complex(real, imag)
+
+
+def _unit_gap(eigenvalues: Tensor) -> Tensor:
+    """``1 - |lambda|^2`` without cancellation, by Dekker's error-free products (1971)."""
+    re, im = eigenvalues.real, eigenvalues.imag
+    re_square, re_rest = _exact_square(re)
+    im_square, im_rest = _exact_square(im)
+    large, small = torch.maximum(re_square, im_square), torch.minimum(re_square, im_square)
+    rounded = 1 - large
+    rounding = (1 - rounded) - large
+    return (rounded - small) + (rounding - (re_rest + im_rest))
+
+
+def _exact_square(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rounded square of float64 values and what rounding took away."""
+    scaled = x * _SPLITTER
+    high = scaled - (scaled - x)
+    low = x - high
+    square = x * x
+    return square, ((high * high - square) + 2 * high * low) + low * low

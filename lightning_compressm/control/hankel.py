@@ -1,0 +1,247 @@
+"""Hankel singular values by the square-root method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_compressm.control.gramians import check_horizon, gramians, real_gramians
+from lightning_compressm.control.system import DiagonalLTI
+from lightning_compressm.errors import NonFiniteError
+
+__all__ = ["Balance", "hankel_singular_values", "per_state_energy"]
+
+Balance = Literal["real", "folded", "complex"]
+NEGLIGIBLE = 1e-14  # a Hankel singular value below this share of the largest one is rounding
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, eq=False)
+class Balancing:
+    """A system with the factors that every balanced truncation of it starts from.
+
+    Attributes:
+        system: The double precision system that was balanced (conjugated states for "folded").
+        balance: "real", "folded" or "complex".
+        horizon: Number of steps, or None.
+        controllability: Factor ``L_P`` with ``P = L_P L_P^H``, shape ``(..., M, M)``; M is 2N for
+            the real form, else N.
+        observability: Factor ``L_Q`` with ``Q = L_Q L_Q^H``, shape ``(..., M, M)``.
+        left: Left singular vectors of ``L_Q^H L_P``, shape ``(..., M, M)``.
+        sigma: Hankel singular values, descending, shape ``(..., M)``.
+        right: Right singular vectors, as columns, shape ``(..., M, M)``.
+    """
+
+    system: DiagonalLTI
+    balance: Balance
+    horizon: int | None
+    controllability: Tensor
+    observability: Tensor
+    left: Tensor
+    sigma: Tensor
+    right: Tensor
+
+    @classmethod
+    def of(cls, system: DiagonalLTI, balance: Balance, horizon: int | None) -> Balancing:
+        """Balance a double precision system."""
+        p, q = _gramians_of(system, balance, horizon)
+        l_p, l_q = factor(p), factor(q)
+        left, sigma, right_h = torch.linalg.svd(l_q.mH @ l_p)
+        return cls(system, balance, horizon, l_p, l_q, left, sigma, right_h.mH)
+
+    def single(self, index: int) -> Balancing:
+        """Return one system of a bank with one leading dimension."""
+        s = self.system
+        one = DiagonalLTI(s.eigenvalues[index], s.B[index], s.C[index], s.real_output)
+        factors = (self.controllability, self.observability, self.left, self.sigma, self.right)
+        return Balancing(one, self.balance, self.horizon, *(f[index] for f in factors))
+
+
+def hankel_singular_values(
+    system: DiagonalLTI, *, balance: Balance = "real", horizon: int | None = None
+) -> Tensor:
+    """Hankel singular values: the square roots of the eigenvalues of ``P Q``, descending.
+
+    They are computed as the singular values of ``L_Q^H L_P`` with ``P = L_P L_P^H`` and
+    ``Q = L_Q L_Q^H`` (square-root method; Tombs and Postlethwaite, 1987), in double precision.
+    First derivatives are available; those of a single value need a gap to its neighbours, those of
+    a symmetric function, such as the sum, do not. Values below 1e-14 of the largest get none.
+
+    Args:
+        system: Stable system(s) with N states.
+        balance: "real": of the real system with 2N states, independent of which states are stored
+            conjugated; "folded": of the complex system after conjugating every state into the
+            upper half-plane; "complex": of the complex system as it is (Algorithm 1 of CompreSSM,
+            arXiv 2510.02823), which changes when a state is stored conjugated.
+        horizon: Number of steps of a time-limited Gramian; None for an infinite one.
+
+    Returns:
+        float64 on the system's device, shape ``(..., 2N)`` for "real", otherwise ``(..., N)``. On
+        a device without float64 (MPS) the values are computed, and stay, on the CPU.
+
+    Raises:
+        NonFiniteError: If a parameter is NaN or infinite.
+        UnstableSystemError: If an eigenvalue is on or outside the unit circle.
+        ValueError: If ``balance`` or ``horizon`` is not valid, or a system with complex outputs is
+            to be balanced in another form than "complex".
+
+    Example:
+        >>> import torch
+        >>> one = torch.ones(1, 1)
+        >>> system = DiagonalLTI(torch.tensor([0.5]), one, one)
+        >>> hankel_singular_values(system, balance="folded")
+        tensor([1.3333], dtype=torch.float64)
+        >>> hankel_singular_values(system)
+        tensor([1.3333, 0.0000], dtype=torch.float64)
+    """
+    check_balance(balance)
+    check_horizon(horizon)
+    compute = partial(_singular_values, balance=balance, horizon=horizon)
+    return to_device(with_cpu_fallback(compute, system.check()), system.eigenvalues.device)
+
+
+def per_state_energy(sigma: Tensor, balance: Balance = "real") -> Tensor:
+    """Sum Hankel singular values by state of the layer.
+
+    One complex state holds two states of the real form, so "real" adds neighbouring pairs. Twice
+    the sum of the discarded energies then bounds the error in every form, as long as the reduced
+    system's poles come in complex pairs (a real pole takes a state of its own).
+
+    Args:
+        sigma: Descending Hankel singular values, ``(..., 2N)`` for "real", else ``(..., N)``.
+        balance: The form they were computed in.
+
+    Returns:
+        Energies, descending, shape ``(..., N)``.
+
+    Raises:
+        ValueError: If "real" meets an odd number of values, or ``balance`` is unknown.
+
+    Example:
+        >>> import torch
+        >>> per_state_energy(torch.tensor([4.0, 3.0, 2.0, 1.0]), "real")
+        tensor([7., 3.])
+    """
+    check_balance(balance)
+    if balance != "real":
+        return sigma
+    if sigma.shape[-1] % 2:
+        raise ValueError(
+            "expected an even number of Hankel singular values for balance='real' (two for each "
+            f"state), got {sigma.shape[-1]}; were they computed with another balance?"
+        )
+    return sigma.unflatten(-1, (-1, 2)).sum(-1)
+
+
+def check_balance(balance: str) -> None:
+    """Raise unless ``balance`` names a form."""
+    if balance not in get_args(Balance):
+        raise ValueError(f"expected balance 'real', 'folded' or 'complex', got {balance!r}")
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Move double precision values, unless the device can't hold them."""
+    return values if device.type == "mps" else values.to(device)
+
+
+def with_cpu_fallback(compute: Callable[[DiagonalLTI], _T], system: DiagonalLTI) -> _T:
+    """Compute in double precision on the system's device, or on the CPU if that one can't."""
+    device = system.eigenvalues.device.type
+    if device not in ("cpu", "mps"):
+        try:
+            return compute(system.double())
+        except (RuntimeError, NotImplementedError):  # out of memory, or no such kernel there
+            pass
+    on_cpu = DiagonalLTI(
+        system.eigenvalues.cpu(), system.B.cpu(), system.C.cpu(), system.real_output
+    )
+    return compute(on_cpu.double())
+
+
+def factor(gramian: Tensor) -> Tensor:
+    """Square factor ``L`` with ``gramian = L L^H``, also for singular and badly scaled Gramians.
+
+    The Gramian is first scaled to a unit diagonal: it may be graded over many decades. States with
+    a zero diagonal (not reached, or not seen at all) get zero rows.
+    """
+    diagonal = gramian.diagonal(dim1=-2, dim2=-1).real
+    scale = diagonal.clamp(min=0).sqrt()
+    used = scale > 0
+    inverse = torch.where(used, 1 / scale, 0)
+    unit = gramian * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
+    unit = unit + torch.diag_embed((~used).to(unit.dtype))
+    lower, failed = torch.linalg.cholesky_ex(unit)
+    if bool(failed.any()):
+        bad = failed > 0
+        lower = lower.clone()
+        lower[bad] = _spectral_factor(unit[bad])
+    return lower * scale.unsqueeze(-1)
+
+
+def _spectral_factor(unit: Tensor) -> Tensor:
+    """Factor of a semi-definite matrix; eigenvalues that are rounding are set to zero."""
+    values, vectors = torch.linalg.eigh(unit)
+    cut = unit.shape[-1] * torch.finfo(values.dtype).eps * values[..., -1:]
+    return vectors * torch.where(values > cut, values, 0).sqrt().unsqueeze(-2)
+
+
+def scaled_projections(
+    l_p: Tensor, l_q: Tensor, left: Tensor, sigma: Tensor, right: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``T_l = sigma^-1/2 U^H L_Q^H`` and ``T_r = L_P V sigma^-1/2``, so that ``T_l T_r = I``."""
+    root = sigma.sqrt()
+    return (left.mH @ l_q.mH) / root.unsqueeze(-1), (l_p @ right) / root.unsqueeze(-2)
+
+
+def _gramians_of(
+    system: DiagonalLTI, balance: Balance, horizon: int | None
+) -> tuple[Tensor, Tensor]:
+    if balance == "real":
+        pair = real_gramians(system, horizon=horizon)
+    else:
+        pair = gramians(system.folded() if balance == "folded" else system, horizon=horizon)
+    if not all(bool(torch.isfinite(g.detach()).all()) for g in pair):
+        raise NonFiniteError(
+            "expected finite Gramians, got NaN or infinity although the parameters are finite; B or C "
+            "overflows double precision: rescale the layer"
+        )
+    return pair
+
+
+def _singular_values(system: DiagonalLTI, balance: Balance, horizon: int | None) -> Tensor:
+    p, q = _gramians_of(system, balance, horizon)
+    if p.requires_grad or q.requires_grad:
+        values: Tensor = _SingularValues.apply(p, q)
+        return values
+    return torch.linalg.svdvals(factor(q).mH @ factor(p))
+
+
+class _SingularValues(torch.autograd.Function):
+    """``sigma(P, Q)`` with ``d sigma_i = (t_i dP t_i^H + s_i^H dQ s_i) / 2``.
+
+    ``t_i`` and ``s_i`` are the rows and columns of the balancing projections: this is first-order
+    perturbation of the eigenvalues of ``P Q``, and holds whichever way the factors were computed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, q: Tensor) -> Tensor:
+        l_p, l_q = factor(p), factor(q)
+        left, sigma, right_h = torch.linalg.svd(l_q.mH @ l_p)
+        real = sigma > NEGLIGIBLE * sigma[..., :1]
+        t_l, t_r = scaled_projections(
+            l_p, l_q, left, torch.where(real, sigma, torch.inf), right_h.mH
+        )
+        ctx.save_for_backward(t_l, t_r)
+        return sigma
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        t_l, t_r = ctx.saved_tensors
+        half = grad.unsqueeze(-1) / 2
+        return t_l.mH @ (half * t_l), t_r @ (half * t_r.mH)
