@@ -1,0 +1,92 @@
+"""What all data sets share: sequences in memory, three splits, an order fixed by seed and epoch."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sized
+from typing import ClassVar, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler, TensorDataset
+
+Split = Literal["train", "val", "test"]
+
+
+class SeededShuffle(Sampler[int]):
+    """Shuffle by a seed and the number of the epoch.
+
+    A generator that lives as long as the loader would restart its sequence when a run is resumed.
+    Here epoch 7 has the same order in a resumed run as in an uninterrupted one: Lightning calls
+    `set_epoch` before every epoch.
+    """
+
+    def __init__(self, data: Sized, seed: int) -> None:
+        self.data = data
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __iter__(self) -> Iterator[int]:
+        # The multiplier keeps (seed 0, epoch 1) apart from (seed 1, epoch 0).
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return iter(torch.randperm(len(self.data), generator=generator).tolist())
+
+
+class SequenceDataModule(L.LightningDataModule):
+    """Sequences (samples, length, d_input) with one class each, held in memory.
+
+    A subclass names its sizes and builds its three splits; nothing is left to chance but the order
+    of the training batches, which `seed` fixes.
+
+    Args:
+        batch_size: Sequences in a batch. The last, shorter training batch of an epoch is left out.
+        seed: Fixes the order of the training batches, not the data.
+    """
+
+    d_input: ClassVar[int]
+    n_classes: ClassVar[int]
+    length: int
+
+    def __init__(self, batch_size: int = 50, seed: int = 0) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.batch_size = batch_size
+        self.seed = seed
+        self.splits: dict[Split, TensorDataset] = {}
+
+    @abstractmethod
+    def build_splits(self) -> dict[Split, tuple[Tensor, Tensor]]:
+        """Return sequences (samples, length, d_input), float32, and classes (samples,) by split."""
+
+    def setup(self, stage: str | None = None) -> None:
+        if not self.splits:
+            self.splits = {name: TensorDataset(*pair) for name, pair in self.build_splits().items()}
+
+    def tensors(self, split: Split) -> tuple[Tensor, Tensor]:
+        """All sequences and classes of a split."""
+        self.setup()
+        sequences, classes = self.splits[split].tensors
+        return sequences, classes
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        data = self.splits["train"]
+        order = SeededShuffle(data, self.seed)
+        return DataLoader(data, self.batch_size, sampler=order, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return self._in_order("val")
+
+    def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return self._in_order("test")
+
+    def _in_order(self, split: Split) -> DataLoader[tuple[Tensor, ...]]:
+        # Nothing is learnt here, so the batches may be bigger.
+        return DataLoader(self.splits[split], batch_size=4 * self.batch_size)

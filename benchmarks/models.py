@@ -1,0 +1,191 @@
+"""The residual classifier of the published experiments, and how it is trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_compressm.nn import LRU
+
+LayerFactory = Callable[[int, int], nn.Module]
+Pool = Literal["mean", "last"]
+STAGES = ("train", "val", "test")
+
+
+class ResidualBlock(nn.Module):
+    """BatchNorm, state-space layer, GELU, dropout, gated linear unit, dropout, residual.
+
+    Args:
+        d_model: Number of channels H.
+        d_state: Number of states N.
+        layer: Called with (d_model, d_state); maps (batch, length, d_model) to the same shape.
+        dropout: Probability of dropping an activation, in [0, 1).
+    """
+
+    def __init__(self, d_model: int, d_state: int, layer: LayerFactory, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(d_model, affine=False)
+        self.layer = layer(d_model, d_state)
+        # Both halves of the gate in one product: faster than two.
+        self.gate = nn.Linear(d_model, 2 * d_model)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Normalising (batch * length, channels) needs no transpose, unlike (batch, channels, length).
+        normed = self.norm(x.flatten(0, 1)).view_as(x)
+        hidden = self.dropout(F.gelu(self.layer(normed)))
+        return x + self.dropout(F.glu(self.gate(hidden), dim=-1))
+
+
+class SequenceClassifier(nn.Module):
+    """Linear encoder, residual blocks, pooling over time, linear head.
+
+    Args:
+        d_input: Channels of the input.
+        n_classes: Number of classes.
+        d_model: Channels H inside.
+        d_state: States N of every layer.
+        n_blocks: Number of residual blocks.
+        layer: Makes a state-space layer from (d_model, d_state).
+        dropout: Probability of dropping an activation, in [0, 1).
+        pool: Classify the mean over time or the last step.
+
+    Example:
+        >>> model = SequenceClassifier(d_input=1, n_classes=10, d_model=8, d_state=16)
+        >>> model(torch.zeros(2, 64, 1)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        d_input: int,
+        n_classes: int,
+        d_model: int = 16,
+        d_state: int = 128,
+        n_blocks: int = 1,
+        layer: LayerFactory = LRU,
+        dropout: float = 0.1,
+        pool: Pool = "mean",
+    ) -> None:
+        super().__init__()
+        if pool not in ("mean", "last"):
+            raise ValueError(f"pool must be 'mean' or 'last', got {pool!r}")
+        self.pool = pool
+        self.encoder = nn.Linear(d_input, d_model)
+        self.blocks = nn.ModuleList(
+            ResidualBlock(d_model, d_state, layer, dropout) for _ in range(n_blocks)
+        )
+        self.head = nn.Linear(d_model, n_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map sequences (batch, length, d_input) to logits (batch, n_classes)."""
+        x = self.encoder(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1) if self.pool == "mean" else x[:, -1])
+
+    def ssm_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the state-space layers, which are trained gently."""
+        for block in self.blocks:
+            yield from block.layer.parameters()
+
+
+def warmup_cosine(step: int, total: int, warmup: float) -> float:
+    """Factor of the learning rate: linear up over the first share `warmup`, then cosine to zero."""
+    rise = max(1, round(warmup * total))
+    if step < rise:
+        return (step + 1) / rise
+    progress = min(1.0, (step - rise) / max(1, total - rise))
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+class ClassifierModule(L.LightningModule):
+    """Train a classifier with AdamW, linear warm-up and cosine, step by step.
+
+    Args:
+        model: Maps sequences (batch, length, d_input) to logits (batch, n_classes).
+        n_classes: Number of classes.
+        lr: Peak learning rate.
+        ssm_lr_factor: The state-space layers learn with this times `lr`.
+        weight_decay: For all parameters but those of the state-space layers.
+        warmup: Share of the steps in which the learning rate rises, in [0, 1].
+    """
+
+    def __init__(
+        self,
+        model: SequenceClassifier,
+        n_classes: int,
+        lr: float = 1e-2,
+        ssm_lr_factor: float = 0.25,
+        weight_decay: float = 0.05,
+        warmup: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore="model")
+        self.model = model
+        self.lr = lr
+        self.ssm_lr_factor = ssm_lr_factor
+        self.weight_decay = weight_decay
+        self.warmup = warmup
+        self.accuracy = nn.ModuleDict(
+            # A ModuleDict refuses the key "train": it is a method's name.
+            {f"{stage}_acc": MulticlassAccuracy(n_classes, average="micro") for stage in STAGES}
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return self._step(batch, "train")
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._step(batch, "val")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._step(batch, "test")
+
+    def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
+        sequences, classes = batch
+        logits = self.model(sequences)
+        loss = F.cross_entropy(logits, classes)
+        accuracy = self.accuracy[f"{stage}_acc"]
+        accuracy.update(logits, classes)
+        scalars = {f"{stage}_loss": loss, f"{stage}_acc": accuracy}
+        self.log_dict(scalars, on_step=False, on_epoch=True, prog_bar=stage != "test")
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        ssm = list(self.model.ssm_parameters())
+        ids = {id(p) for p in ssm}
+        rest = [p for p in self.model.parameters() if id(p) not in ids]
+        groups = [
+            {"params": rest, "lr": self.lr, "weight_decay": self.weight_decay},
+            {"params": ssm, "lr": self.ssm_lr_factor * self.lr, "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups)
+        total = self._total_steps()
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: warmup_cosine(step, total, self.warmup)
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def _total_steps(self) -> int:
+        total = self.trainer.estimated_stepping_batches
+        if not math.isfinite(total) or total < 1:
+            raise ValueError(
+                f"a cosine needs the number of steps, got {total}: give the Trainer max_steps or "
+                "max_epochs"
+            )
+        return int(total)
+
+
