@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,15 +120,7 @@ def choose_orders(analyses: Sequence[LayerAnalysis], policy: ReductionPolicy) ->
         orders.append(
             constrain_order(order, n, min_state_dim=policy.min_state_dim, round_to=policy.round_to)
         )
-    return _shared_orders(analyses, orders) if policy.share_state_dim else orders
-
-
-def _shared_orders(analyses: Sequence[LayerAnalysis], orders: Sequence[int]) -> list[int]:
-    largest: dict[str, int] = defaultdict(int)
-    for analysis, order in zip(analyses, orders, strict=True):
-        name = analysis.layer.family.name
-        largest[name] = max(largest[name], order)
-    return [min(largest[a.layer.family.name], a.layer.state_dim) for a in analyses]
+    return orders
 
 
 @contextmanager

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import time
-import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_compressm.analysis import (
-    LayerAnalysis,
-    analyse_layer,
-    choose_orders,
-    measure_spectra,
-    naming,
-)
-from lightning_compressm.control import Reduction, balanced_truncation
+from lightning_compressm.analysis import measure_spectra
 from lightning_compressm.discovery import LengthRecorder, SSMLayer, select_layers
-from lightning_compressm.errors import IllConditionedError
 from lightning_compressm.policy import BalanceChoice, HorizonChoice, ReductionPolicy, Selection
-from lightning_compressm.report import CompressionReport, LayerEvent
+from lightning_compressm.proposal import propose
+from lightning_compressm.report import CompressionReport
 from lightning_compressm.surgery.apply import apply_plan
 from lightning_compressm.surgery.loading import install_resize_hooks
 from lightning_compressm.surgery.optimizer import (
@@ -34,72 +23,7 @@ from lightning_compressm.surgery.optimizer import (
 )
 from lightning_compressm.surgery.plan import SurgeryPlan
 
-__all__ = ["Proposal", "apply_proposal", "compress", "hankel_spectra", "propose"]
-
-
-@dataclass(frozen=True, eq=False)
-class Proposal:
-    """A decided but not yet executed reduction of a model.
-
-    Attributes:
-        plan: the change, relative to the model; empty if nothing is to be done.
-        events: one event for each layer that was looked at.
-        spectra: layer name -> HSVs of each state, descending.
-
-    Example:
-        >>> bool(Proposal(SurgeryPlan(), [], {}).plan)
-        False
-    """
-
-    plan: SurgeryPlan
-    events: list[LayerEvent]
-    spectra: Mapping[str, Tensor]
-
-
-def propose(
-    model: nn.Module,
-    policy: ReductionPolicy,
-    lengths: Mapping[str, int] | None = None,
-    *,
-    seed: int = 0,
-) -> Proposal:
-    """Decide what to remove from which layer; changes nothing.
-
-    Args:
-        model: any module with SSM layers.
-        policy: how much to remove.
-        lengths: layer name -> length of the sequences it processes, for ``horizon="auto"``.
-        seed: for ``selection="random"``.
-
-    Returns:
-        The plan and one event for each layer.
-
-    Raises:
-        UnsupportedLayerError: if there is no SSM layer to look at.
-        NonFiniteError: if a layer's parameters hold NaN or infinity.
-        UnstableSystemError: if a layer has an eigenvalue outside the open unit disc.
-
-    Example:
-        >>> import torch
-        >>> from lightning_compressm.nn import LRU
-        >>> _ = torch.manual_seed(0)
-        >>> proposal = propose(LRU(1, 16), ReductionPolicy(state_dim=4))
-        >>> proposal.events[0].new_state_dim
-        4
-    """
-    layers, aliases = _split_aliases(select_layers(model, policy.layers, policy.ignore))
-    analyses = [analyse_layer(layer, policy, lengths or {}) for layer in layers]
-    orders = choose_orders(analyses, policy)
-    plans: list[SurgeryPlan] = []
-    events: list[LayerEvent] = []
-    for analysis, order in zip(analyses, orders, strict=True):
-        plan, event = _plan_layer(analysis, order, policy, seed)
-        events.append(event)
-        plans.append(plan.prefixed(analysis.layer.path))
-        if plan:
-            plans += _alias_plans(analysis.layer, aliases, order)
-    spectra = {a.layer.name: a.sigma.cpu() for a in analyses}
-    return Proposal(SurgeryPlan.merge(plans), events, spectra)
+__all__ = ["apply_proposal", "compress", "hankel_spectra"]
 
 
 def apply_proposal(
@@ -261,83 +185,6 @@ def hankel_spectra(
     """
     policy = ReductionPolicy(horizon=horizon, balance=balance)
     return measure_spectra(model, policy, _measure_lengths(model, select_layers(model), sample))
-
-
-def _plan_layer(
-    analysis: LayerAnalysis, order: int, policy: ReductionPolicy, seed: int
-) -> tuple[SurgeryPlan, LayerEvent]:
-    layer, old = analysis.layer, analysis.layer.state_dim
-    skipped = LayerEvent(
-        layer=layer.name,
-        family=layer.family.name,
-        action="skip",
-        old_state_dim=old,
-        new_state_dim=old,
-        seconds=analysis.seconds,
-        balance=analysis.balance,
-        horizon=analysis.horizon,
-    )
-    if order >= old or old - order < policy.min_reduction * old:
-        reason = f"{order} of {old} states are needed"
-        return SurgeryPlan(), replace(skipped, reason=reason)
-    start = time.perf_counter()
-    try:
-        with torch.no_grad(), naming(layer):
-            reduction = _reduce(analysis, order, policy, seed)
-            plan = layer.family.reduction_plan(layer.module, reduction)
-    except IllConditionedError as error:
-        warnings.warn(f"layer left as it is: {error}", stacklevel=2)
-        return SurgeryPlan(), replace(skipped, reason=str(error))
-    bound = None if reduction.bound is None else float(reduction.bound.max())
-    return plan, replace(
-        skipped,
-        action="reduce",
-        new_state_dim=order,
-        energy_kept=float(reduction.energy_kept.mean()),
-        error_bound=bound,
-        seconds=analysis.seconds + time.perf_counter() - start,
-        horizon=reduction.horizon,
-    )
-
-
-def _reduce(analysis: LayerAnalysis, order: int, policy: ReductionPolicy, seed: int) -> Reduction:
-    generator = torch.Generator().manual_seed(seed) if policy.selection == "random" else None
-    return balanced_truncation(
-        analysis.system,
-        order,
-        balance=analysis.balance,
-        horizon=analysis.horizon,
-        selection=policy.selection,
-        generator=generator,
-    )
-
-
-def _tensor_ids(layer: SSMLayer) -> frozenset[int]:
-    tensors = dict(layer.module.named_parameters()) | dict(layer.module.named_buffers())
-    return frozenset(id(tensors[name]) for name in layer.family.state_axes(layer.module))
-
-
-def _split_aliases(
-    layers: Mapping[str, SSMLayer],
-) -> tuple[list[SSMLayer], dict[frozenset[int], list[SSMLayer]]]:
-    """Layers with tensors of their own, and for each its twins that share all of them."""
-    first: dict[frozenset[int], SSMLayer] = {}
-    aliases: dict[frozenset[int], list[SSMLayer]] = defaultdict(list)
-    for layer in layers.values():
-        key = _tensor_ids(layer)
-        if key in first:
-            aliases[key].append(layer)
-        else:
-            first[key] = layer
-    return list(first.values()), aliases
-
-
-def _alias_plans(
-    layer: SSMLayer, aliases: Mapping[frozenset[int], list[SSMLayer]], order: int
-) -> Iterator[SurgeryPlan]:
-    for alias in aliases.get(_tensor_ids(layer), ()):
-        attributes = alias.family.attributes(alias.module, order)
-        yield SurgeryPlan({}, attributes).prefixed(alias.path)
 
 
 def _measure_lengths(

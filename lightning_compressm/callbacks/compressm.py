@@ -16,7 +16,6 @@ from lightning_compressm.callbacks._strategy import (
     decide_on_rank_zero,
     swap,
 )
-from lightning_compressm.compressor import propose
 from lightning_compressm.discovery import select_layers
 from lightning_compressm.policy import (
     BalanceChoice,
@@ -25,6 +24,7 @@ from lightning_compressm.policy import (
     check_choice,
     check_count,
 )
+from lightning_compressm.proposal import propose
 from lightning_compressm.report import LayerEvent, format_table
 from lightning_compressm.schedule import Schedule, Window
 from lightning_compressm.surgery.loading import install_resize_hooks

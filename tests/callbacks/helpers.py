@@ -1,0 +1,112 @@
+"""A small real training task, shared by the callback tests and the DDP workers."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_compressm.nn import LRU
+
+LENGTH, CLASSES, BATCH, BATCHES = 20, 3, 8, 6
+
+
+def dataset(seed: int = 0) -> TensorDataset:
+    """Noisy sines of three frequencies."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(BATCH * BATCHES) % CLASSES
+    t = torch.arange(LENGTH) / LENGTH
+    phase = torch.rand(len(y), 1, generator=generator) * 6.28
+    x = torch.sin(6.28 * (1 + 2 * y[:, None]) * t + phase)
+    x = x + 0.1 * torch.randn(x.shape, generator=generator)
+    return TensorDataset(x[..., None].double(), y)
+
+
+def loader(seed: int = 0) -> DataLoader[Any]:
+    return DataLoader(dataset(seed), batch_size=BATCH)
+
+
+class Net(nn.Module):
+    """Two LRU layers with unlike spectra between linear maps."""
+
+    def __init__(self, d_state: int = 24, d_model: int = 4) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(1, d_model)
+        self.first = LRU(d_model, d_state)
+        self.second = LRU(d_model, d_state // 2)
+        self.decoder = nn.Linear(d_model, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.encoder(x)
+        x = x + self.first(x)
+        x = x + self.second(torch.tanh(x))
+        return self.decoder(x.mean(1))
+
+
+class Classifier(pl.LightningModule):
+    """Trains :class:`Net`; each rank takes its share of the same global batch."""
+
+    def __init__(
+        self, optimizer: str = "adamw", d_state: int = 24, dtype: str = "float64", lr: float = 1e-2
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        torch.manual_seed(0)
+        self.net = Net(d_state).to(getattr(torch, dtype))
+        self.losses: list[float] = []
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = (t[self.global_rank :: self.trainer.world_size] for t in batch)
+        loss = nn.functional.cross_entropy(self.net(x.to(self.net.encoder.weight.dtype)), y)
+        self.losses.append(loss.item())
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        x, y = batch
+        loss = nn.functional.cross_entropy(self.net(x.to(self.net.encoder.weight.dtype)), y)
+        self.log("val_loss", loss, sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        lr, params = self.hparams["lr"], self.parameters()
+        make = {
+            "sgd": lambda: torch.optim.SGD(params, lr=lr, momentum=0.9),
+            "adamw": lambda: torch.optim.AdamW(params, lr=lr),
+            "adamw_fused": lambda: torch.optim.AdamW(params, lr=lr, fused=True),
+            "lbfgs": lambda: torch.optim.LBFGS(params, lr=lr, max_iter=2),
+        }
+        optimizer = make[self.hparams["optimizer"]]()
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 4, 0.9)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+
+def trainer(tmp: Path | str, *callbacks: pl.Callback, **kwargs: Any) -> pl.Trainer:
+    """A quiet CPU Trainer; keyword arguments override."""
+    quiet()
+    settings: dict[str, Any] = {
+        "default_root_dir": tmp,
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 3,
+        "callbacks": list(callbacks),
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+    }
+    return pl.Trainer(**(settings | kwargs))
+
+
+def quiet() -> None:
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*no logger configured.*")
