@@ -100,8 +100,8 @@ def modal_form(balancing: Balancing, kept: Tensor, order: int) -> ModalForm:
     parts = (form.eigenvalues, form.B, form.C, form.left, form.left_conj, form.right)
     if not all(bool(torch.isfinite(part).all()) for part in parts):
         raise NonFiniteError(
-            f"expected finite matrices, got NaN or infinity in the reduction to order {order}; keep "
-            "the layer as it is, or ask for fewer states"
+            f"expected finite matrices, got NaN or infinity in the reduction to order {order}; "
+            "keep the layer as it is, or ask for fewer states"
         )
     return form
 
@@ -186,8 +186,8 @@ def _diagonalise(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if not condition <= MAX_CONDITION:
         raise IllConditionedError(
             f"expected eigenvectors with a condition number up to {MAX_CONDITION:.0e}, got "
-            f"{condition:.3g} for {matrix.shape[-1]} states: the reduced system can't be written in "
-            "diagonal form safely; keep the layer, or choose another number of states"
+            f"{condition:.3g} for {matrix.shape[-1]} states: the reduced system can't be written "
+            "in diagonal form safely; keep the layer, or choose another number of states"
         )
     return eigenvalues, vectors, inverse
 

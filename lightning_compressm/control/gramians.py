@@ -7,11 +7,10 @@ import operator
 import torch
 from torch import Tensor
 
+from lightning_compressm.control._kernel import Kernel
 from lightning_compressm.control.system import DiagonalLTI
 
 __all__ = ["check_horizon", "gramians", "impulse_energy", "real_gramians"]
-
-_SPLITTER = 2.0**27 + 1  # Veltkamp's constant: splits a float64 into two halves of 26 bits
 
 
 def check_horizon(horizon: int | None) -> int | None:
@@ -71,7 +70,7 @@ def gramians(system: DiagonalLTI, *, horizon: int | None = None) -> tuple[Tensor
         1.25
     """
     full = system.check().double()
-    kernel = _Kernel(full.eigenvalues, check_horizon(horizon)).hermitian()
+    kernel = Kernel(full.eigenvalues, check_horizon(horizon)).hermitian()
     return (full.B @ full.B.mH) * kernel, (full.C.mH @ full.C) * kernel.conj()
 
 
@@ -104,7 +103,7 @@ def real_gramians(system: DiagonalLTI, *, horizon: int | None = None) -> tuple[T
     """
     system.require_real_output("the real Gramian")
     full = system.check().double()
-    kernel = _Kernel(full.eigenvalues, check_horizon(horizon))
+    kernel = Kernel(full.eigenvalues, check_horizon(horizon))
     hermitian, symmetric = kernel.hermitian(), kernel.symmetric()
     p, m = (full.B @ full.B.mH) * hermitian, (full.B @ full.B.mT) * symmetric
     q, s = (full.C.mH @ full.C) * hermitian.conj(), (full.C.mT @ full.C) * symmetric
@@ -137,7 +136,7 @@ def impulse_energy(system: DiagonalLTI, *, horizon: int | None = None) -> Tensor
         tensor(1.2500, dtype=torch.float64)
     """
     full = system.check().double()
-    kernel = _Kernel(full.eigenvalues, check_horizon(horizon))
+    kernel = Kernel(full.eigenvalues, check_horizon(horizon))
     p = (full.B @ full.B.mH) * kernel.hermitian()
     energy = ((full.C.mH @ full.C).mT * p).real.sum((-2, -1))
     if not system.real_output:
@@ -151,71 +150,3 @@ def _blocks(
 ) -> Tensor:
     upper = torch.cat([upper_left, upper_right], -1)
     return torch.cat([upper, torch.cat([lower_left, lower_right], -1)], -2)
-
-
-class _Kernel:
-    """The geometric sums ``sum_t (lambda_i mu_j)^t``, with ``mu`` either conj(lambda) or lambda.
-
-    Near the unit circle ``1 - lambda_i conj(lambda_j)`` cancels. With ``gap = 1 - |lambda|^2`` known
-    to full relative precision, ``2 (1 - Re(lambda_i conj(lambda_j))) = gap_i + gap_j +
-    |lambda_i - lambda_j|^2`` is a sum of positive terms, so nothing is lost.
-    """
-
-    def __init__(self, eigenvalues: Tensor, horizon: int | None) -> None:
-        self.eigenvalues, self.gap = eigenvalues, _unit_gap(eigenvalues)
-        self.power, self.power_gap = self.eigenvalues, self.gap
-        self.horizon = horizon
-        for bit in "" if horizon is None else format(horizon, "b")[1:]:
-            self._double()
-            if bit == "1":
-                self._increment()
-
-    def _double(self) -> None:
-        self.power = self.power * self.power
-        self.power_gap = self.power_gap * (2 - self.power_gap)
-
-    def _increment(self) -> None:
-        self.power = self.power * self.eigenvalues
-        self.power_gap = self.power_gap + self.gap * (1 - self.power_gap)
-
-    def hermitian(self) -> Tensor:
-        return self._sum(self.eigenvalues, self.power)
-
-    def symmetric(self) -> Tensor:
-        return self._sum(self.eigenvalues.conj(), self.power.conj())
-
-    def _sum(self, other: Tensor, other_power: Tensor) -> Tensor:
-        denominator = _one_minus_product(self.eigenvalues, other, self.gap)
-        if self.horizon is None:
-            return 1 / denominator
-        return _one_minus_product(self.power, other_power, self.power_gap) / denominator
-
-
-def _one_minus_product(left: Tensor, right: Tensor, gap: Tensor) -> Tensor:
-    """``1 - left_i conj(right_j)``, where both have the same ``gap = 1 - |.|^2``."""
-    column, row = left.unsqueeze(-1), right.unsqueeze(-2)
-    difference = column - row
-    squared = difference.real.square() + difference.imag.square()
-    real = (gap.unsqueeze(-1) + gap.unsqueeze(-2) + squared) / 2
-    imag = difference.real * row.imag - difference.imag * row.real
-    return torch.complex(real, imag)
-
-
-def _unit_gap(eigenvalues: Tensor) -> Tensor:
-    """``1 - |lambda|^2`` without cancellation, by Dekker's error-free products (1971)."""
-    re, im = eigenvalues.real, eigenvalues.imag
-    re_square, re_rest = _exact_square(re)
-    im_square, im_rest = _exact_square(im)
-    large, small = torch.maximum(re_square, im_square), torch.minimum(re_square, im_square)
-    rounded = 1 - large
-    rounding = (1 - rounded) - large
-    return (rounded - small) + (rounding - (re_rest + im_rest))
-
-
-def _exact_square(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rounded square of float64 values and what rounding took away."""
-    scaled = x * _SPLITTER
-    high = scaled - (scaled - x)
-    low = x - high
-    square = x * x
-    return square, ((high * high - square) + 2 * high * low) + low * low

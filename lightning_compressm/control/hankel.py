@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from lightning_compressm.control._factors import Gramian
 from lightning_compressm.control.gramians import check_horizon, gramians, real_gramians
 from lightning_compressm.control.system import DiagonalLTI
 from lightning_compressm.errors import NonFiniteError
@@ -50,7 +52,7 @@ class Balancing:
     def of(cls, system: DiagonalLTI, balance: Balance, horizon: int | None) -> Balancing:
         """Balance a double precision system."""
         p, q = _gramians_of(system, balance, horizon)
-        l_p, l_q = factor(p), factor(q)
+        l_p, l_q = p.factor(), q.factor()
         left, sigma, right_h = torch.linalg.svd(l_q.mH @ l_p)
         return cls(system, balance, horizon, l_p, l_q, left, sigma, right_h.mH)
 
@@ -135,7 +137,7 @@ def per_state_energy(sigma: Tensor, balance: Balance = "real") -> Tensor:
             "expected an even number of Hankel singular values for balance='real' (two for each "
             f"state), got {sigma.shape[-1]}; were they computed with another balance?"
         )
-    return sigma.unflatten(-1, (-1, 2)).sum(-1)
+    return sigma[..., 0::2] + sigma[..., 1::2]
 
 
 def check_balance(balance: str) -> None:
@@ -163,33 +165,6 @@ def with_cpu_fallback(compute: Callable[[DiagonalLTI], _T], system: DiagonalLTI)
     return compute(on_cpu.double())
 
 
-def factor(gramian: Tensor) -> Tensor:
-    """Square factor ``L`` with ``gramian = L L^H``, also for singular and badly scaled Gramians.
-
-    The Gramian is first scaled to a unit diagonal: it may be graded over many decades. States with
-    a zero diagonal (not reached, or not seen at all) get zero rows.
-    """
-    diagonal = gramian.diagonal(dim1=-2, dim2=-1).real
-    scale = diagonal.clamp(min=0).sqrt()
-    used = scale > 0
-    inverse = torch.where(used, 1 / scale, 0)
-    unit = gramian * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
-    unit = unit + torch.diag_embed((~used).to(unit.dtype))
-    lower, failed = torch.linalg.cholesky_ex(unit)
-    if bool(failed.any()):
-        bad = failed > 0
-        lower = lower.clone()
-        lower[bad] = _spectral_factor(unit[bad])
-    return lower * scale.unsqueeze(-1)
-
-
-def _spectral_factor(unit: Tensor) -> Tensor:
-    """Factor of a semi-definite matrix; eigenvalues that are rounding are set to zero."""
-    values, vectors = torch.linalg.eigh(unit)
-    cut = unit.shape[-1] * torch.finfo(values.dtype).eps * values[..., -1:]
-    return vectors * torch.where(values > cut, values, 0).sqrt().unsqueeze(-2)
-
-
 def scaled_projections(
     l_p: Tensor, l_q: Tensor, left: Tensor, sigma: Tensor, right: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -200,25 +175,31 @@ def scaled_projections(
 
 def _gramians_of(
     system: DiagonalLTI, balance: Balance, horizon: int | None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Gramian, Gramian]:
     if balance == "real":
-        pair = real_gramians(system, horizon=horizon)
+        p, q = real_gramians(system, horizon=horizon)
     else:
-        pair = gramians(system.folded() if balance == "folded" else system, horizon=horizon)
-    if not all(bool(torch.isfinite(g.detach()).all()) for g in pair):
+        system = system.folded() if balance == "folded" else system
+        p, q = gramians(system, horizon=horizon)
+    if not all(bool(torch.isfinite(g.detach()).all()) for g in (p, q)):
         raise NonFiniteError(
-            "expected finite Gramians, got NaN or infinity although the parameters are finite; B or C "
-            "overflows double precision: rescale the layer"
+            "expected finite Gramians, got NaN or infinity although the parameters are finite; "
+            "B or C overflows double precision: rescale the layer"
         )
-    return pair
+    eigenvalues = system.eigenvalues.detach()
+    return (
+        Gramian(p, eigenvalues, system.B.detach(), horizon),
+        Gramian(q, eigenvalues.conj(), system.C.detach().mH, horizon),
+    )
 
 
 def _singular_values(system: DiagonalLTI, balance: Balance, horizon: int | None) -> Tensor:
     p, q = _gramians_of(system, balance, horizon)
-    if p.requires_grad or q.requires_grad:
-        values: Tensor = _SingularValues.apply(p, q)
+    if p.matrix.requires_grad or q.matrix.requires_grad:
+        values: Tensor = _SingularValues.apply(p.matrix, q.matrix, p, q)
         return values
-    return torch.linalg.svdvals(factor(q).mH @ factor(p))
+    sigma: Tensor = torch.linalg.svdvals(q.factor().mH @ p.factor())
+    return sigma
 
 
 class _SingularValues(torch.autograd.Function):
@@ -229,19 +210,19 @@ class _SingularValues(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, p: Tensor, q: Tensor) -> Tensor:
-        l_p, l_q = factor(p), factor(q)
+    def forward(ctx: Any, p: Tensor, q: Tensor, source_p: Gramian, source_q: Gramian) -> Tensor:
+        l_p = replace(source_p, matrix=p).factor()
+        l_q = replace(source_q, matrix=q).factor()
+        sigma: Tensor
         left, sigma, right_h = torch.linalg.svd(l_q.mH @ l_p)
         real = sigma > NEGLIGIBLE * sigma[..., :1]
-        t_l, t_r = scaled_projections(
-            l_p, l_q, left, torch.where(real, sigma, torch.inf), right_h.mH
-        )
-        ctx.save_for_backward(t_l, t_r)
+        safe = torch.where(real, sigma, torch.inf)
+        ctx.save_for_backward(*scaled_projections(l_p, l_q, left, safe, right_h.mH))
         return sigma
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         t_l, t_r = ctx.saved_tensors
         half = grad.unsqueeze(-1) / 2
-        return t_l.mH @ (half * t_l), t_r @ (half * t_r.mH)
+        return t_l.mH @ (half * t_l), t_r @ (half * t_r.mH), None, None

@@ -45,8 +45,8 @@ def order_for_energy(sigma: Tensor, tolerance: float) -> int:
     total = float(energy.sum())
     if total == 0:
         raise ValueError(
-            "this layer has zero Hankel energy: its inputs never reach its outputs (B or C is zero), "
-            "so no order can be chosen; leave the layer out or fix its initialisation"
+            "this layer has zero Hankel energy: its inputs never reach its outputs (B or C is zero)"
+            ", so no order can be chosen; leave the layer out or fix its initialisation"
         )
     # Tails are summed from the small end: 1 - cumsum loses them to rounding.
     tails = energy.flip(0).cumsum(0).flip(0)

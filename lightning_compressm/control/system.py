@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_compressm.control._kernel import unit_gap
 from lightning_compressm.errors import NonFiniteError, UnstableSystemError
 
 __all__ = ["DiagonalLTI"]
@@ -64,8 +65,8 @@ class DiagonalLTI:
 
     def _shape_message(self) -> str:
         return (
-            "expected eigenvalues of shape (..., N), B of (..., N, H) and C of (..., P, N) with equal "
-            f"leading dimensions, none empty, got {tuple(self.eigenvalues.shape)}, "
+            "expected eigenvalues of shape (..., N), B of (..., N, H) and C of (..., P, N) with "
+            f"equal leading dimensions, none empty, got {tuple(self.eigenvalues.shape)}, "
             f"{tuple(self.B.shape)} and {tuple(self.C.shape)}"
         )
 
@@ -123,23 +124,24 @@ class DiagonalLTI:
             bad = int((~torch.isfinite(getattr(self, name).detach())).sum())
             if bad:
                 raise NonFiniteError(
-                    f"expected finite {name}, got {bad} NaN or infinite entries; the training run has "
-                    "probably diverged: lower the learning rate or go back to an earlier checkpoint"
+                    f"expected finite {name}, got {bad} NaN or infinite entries; the training run "
+                    "has probably diverged: lower the learning rate or use an earlier checkpoint"
                 )
-        radius = self.eigenvalues.detach().to(torch.complex128).abs()
-        unstable = int((radius >= 1).sum())
+        eigenvalues = self.eigenvalues.detach().to(torch.complex128)
+        unstable = int((unit_gap(eigenvalues) <= 0).sum())
         if unstable:
             raise UnstableSystemError(
                 f"expected every eigenvalue inside the unit circle, got {unstable} of "
-                f"{radius.numel()} with modulus 1 or more (largest {float(radius.max()):.9g}); Gramians "
-                "do not exist there: keep the layer's eigenvalues below 1, or leave this layer out"
+                f"{eigenvalues.numel()} with modulus 1 or more (largest "
+                f"{float(eigenvalues.abs().max()):.9g}); Gramians do not exist there: keep the "
+                "layer's eigenvalues inside the circle, or leave this layer out"
             )
         return self
 
     def folded(self) -> DiagonalLTI:
         """Conjugate every state with a negative phase, so that all ``Im(eigenvalues) >= 0``.
 
-        ``Re(c b) = Re(conj(c) conj(b))``, so a system with real inputs and outputs stays the same map.
+        ``Re(c b) = Re(conj(c) conj(b))``, so with real inputs and outputs the map is the same.
 
         Raises:
             ValueError: If the output is complex: then conjugating a state changes the map.
@@ -185,7 +187,7 @@ class DiagonalLTI:
         """Write the system with the real state ``z = [Re x; Im x]``.
 
         Returns:
-            ``(A, B, C)`` in float64, of shapes ``(..., 2N, 2N)``, ``(..., 2N, H)``, ``(..., P, 2N)``.
+            ``(A, B, C)`` in float64: ``(..., 2N, 2N)``, ``(..., 2N, H)`` and ``(..., P, 2N)``.
 
         Raises:
             ValueError: If the output is complex.
@@ -206,7 +208,7 @@ class DiagonalLTI:
         return a, b, c
 
     def frequency_response(self, omega: Tensor) -> Tensor:
-        """Evaluate the transfer function ``G(z) = C (I - Lambda / z)^-1 B`` at ``z = exp(i omega)``.
+        """Evaluate the transfer function ``C (I - Lambda / z)^-1 B`` at ``z = exp(i omega)``.
 
         With ``real_output`` it is that of the real system, ``(G(z) + conj(G(conj z))) / 2``.
 
@@ -257,5 +259,5 @@ class DiagonalLTI:
             raise ValueError(f"expected a length of at least 1, got {length}")
         full = self.double()
         powers = torch.linalg.vander(full.eigenvalues, N=length).mT
-        response = (full.C.unsqueeze(-3) * powers.unsqueeze(-2)) @ full.B.unsqueeze(-3)
+        response: Tensor = (full.C.unsqueeze(-3) * powers.unsqueeze(-2)) @ full.B.unsqueeze(-3)
         return response.real if self.real_output else response

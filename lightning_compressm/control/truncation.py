@@ -172,8 +172,13 @@ def _moved(reduction: Reduction, device: torch.device) -> Reduction:
         if isinstance(value, Tensor):
             moved[field.name] = to_device(value, device)
     s = reduction.system
-    parts = (to_device(part, device) for part in (s.eigenvalues, s.B, s.C))
-    return replace(reduction, system=DiagonalLTI(*parts, s.real_output), **moved)  # type: ignore[arg-type]
+    system = DiagonalLTI(
+        to_device(s.eigenvalues, device),
+        to_device(s.B, device),
+        to_device(s.C, device),
+        s.real_output,
+    )
+    return replace(reduction, system=system, **moved)  # type: ignore[arg-type]
 
 
 def _truncate(system: DiagonalLTI, job: _Job) -> Reduction:
@@ -316,7 +321,7 @@ def _assemble(
     energy = torch.where(total > 0, kept / total, 1.0)
     certain = job.horizon is None and job.selection == "largest"
     return Reduction(
-        system=DiagonalLTI(*(gather(n) for n in ("eigenvalues", "B", "C")), system.real_output),
+        system=DiagonalLTI(gather("eigenvalues"), gather("B"), gather("C"), system.real_output),
         left=gather("left"),
         left_conj=gather("left_conj"),
         right=gather("right"),
