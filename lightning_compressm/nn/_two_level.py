@@ -68,7 +68,7 @@ def scan_(states: Tensor, powers: Tensor, *, reverse: bool = False) -> None:
     tail = states[:, whole - 1 :].unbind(1)
     if reverse:
         _sequential_(tail[::-1], powers[0])
-    grid = states[:, :whole].unflatten(1, (-1, chunk))
+    grid = states[:, :whole].view(len(states), -1, chunk, states.shape[2])
     columns = grid.unbind(2)
     _sequential_(columns[::-1] if reverse else columns, powers[0])
     if reverse:

@@ -85,31 +85,31 @@ class LRU(nn.Module):
         self.C_re, self.C_im = (parameter(d_model, d_state) for _ in range(2))
         self.D = parameter(d_model)
         self.reset_parameters()
-        self.register_load_state_dict_pre_hook(resize_on_load)
+        self.register_load_state_dict_pre_hook(resize_on_load)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw all parameters anew, as at construction, from PyTorch's default CPU generator."""
-        states, width = self.B_re.shape
-        kind = {"dtype": torch.float64, "device": "cpu"}
         # 1 - rand lies in (0, 1]: a zero would make a logarithm infinite and freeze the state.
-        square = self.r_min**2 + (1 - torch.rand(states, **kind)) * (self.r_max**2 - self.r_min**2)
-        phase = self.max_phase * (1 - torch.rand(states, **kind))
+        radius, angle = 1 - torch.rand(2, *self.nu_log.shape, dtype=torch.float64, device="cpu")
+        square = self.r_min**2 + radius * (self.r_max**2 - self.r_min**2)
         self.nu_log.copy_(torch.log(-0.5 * torch.log(square)))
-        self.theta_log.copy_(torch.log(phase))
+        self.theta_log.copy_(torch.log(self.max_phase * angle))
         self.gamma_log.copy_(0.5 * torch.log1p(-square))
         for matrix in (self.B_re, self.B_im):
-            matrix.copy_(torch.randn(states, width, **kind) / math.sqrt(2 * width))
+            matrix.copy_(_normal(*matrix.shape) / math.sqrt(2 * matrix.shape[1]))
         for matrix in (self.C_re, self.C_im):
-            matrix.copy_(torch.randn(width, states, **kind) / math.sqrt(states))
-        self.D.copy_(torch.randn(width, **kind))
+            matrix.copy_(_normal(*matrix.shape) / math.sqrt(matrix.shape[1]))
+        self.D.copy_(_normal(*self.D.shape))
 
     @property
     def eigenvalues(self) -> Tensor:
         """The eigenvalues lambda, (N,) complex128 (complex64 on devices without float64)."""
         # Near the unit circle 1 - |lambda| is small: in float32 it would lose its digits.
         wide = torch.float32 if self.nu_log.device.type == "mps" else torch.float64
-        return torch.exp(torch.complex(-self.nu_log.to(wide).exp(), self.theta_log.to(wide).exp()))
+        decay, phase = self.nu_log.to(wide).exp(), self.theta_log.to(wide).exp()
+        eigenvalues: Tensor = torch.complex(-decay, phase).exp()
+        return eigenvalues
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map a whole sequence, starting from the zero state.
@@ -159,7 +159,7 @@ class LRU(nn.Module):
             dtype = self._compute_dtype(inputs)
             to_state, to_output, feedthrough = self._weights(dtype)
             u = inputs.to(dtype)
-            driven = torch.view_as_complex((u @ to_state.t()).unflatten(-1, (-1, 2)))
+            driven = torch.view_as_complex((u @ to_state).view(len(u), -1, 2))
             eigenvalues = self.eigenvalues.to(driven.dtype)
             state = eigenvalues * state.to(driven.dtype) + driven
             outputs = torch.view_as_real(state).flatten(-2) @ to_output.t() + feedthrough * u
@@ -179,11 +179,11 @@ class LRU(nn.Module):
         return torch.promote_types(dtype, torch.float32)
 
     def _weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Return gamma B (2N, H) and C (H, 2N) as interleaved real pairs, and D."""
-        gamma = self.gamma_log.to(dtype).exp().unsqueeze(-1).unsqueeze(-1)
-        to_state = gamma * torch.stack((self.B_re.to(dtype), self.B_im.to(dtype)), 1)
-        to_output = torch.stack((self.C_re.to(dtype), -self.C_im.to(dtype)), 2)
-        return to_state.flatten(0, 1), to_output.flatten(1, 2), self.D.to(dtype)
+        """Return gamma B transposed and C, both (H, 2N) interleaved real pairs, and D."""
+        gamma = self.gamma_log.to(dtype).exp().unsqueeze(-1)
+        B = torch.stack((self.B_re.to(dtype).t(), self.B_im.to(dtype).t()), 2) * gamma
+        C = torch.stack((self.C_re.to(dtype), -self.C_im.to(dtype)), 2)
+        return B.flatten(1), C.flatten(1), self.D.to(dtype)
 
     def _check_inputs(self, inputs: Tensor, expected: str) -> None:
         if not inputs.is_floating_point():
@@ -195,6 +195,10 @@ class LRU(nn.Module):
             )
 
 
+def _normal(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, device="cpu")
+
+
 def _check_arguments(
     d_model: int,
     d_state: int,
@@ -203,12 +207,16 @@ def _check_arguments(
     max_phase: float,
     dtype: torch.dtype | None,
 ) -> None:
-    for name, value in (("d_model", d_model), ("d_state", d_state)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+    _check_size("d_model", d_model)
+    _check_size("d_state", d_state)
     if not 0 <= r_min < r_max < 1:
         raise ValueError(f"radii must satisfy 0 <= r_min < r_max < 1, got {r_min} and {r_max}")
     if not 0 < max_phase <= math.tau:
         raise ValueError(f"max_phase must lie in (0, 2 pi] radians, got {max_phase}")
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"dtype must be a real floating-point type, got {dtype}")
+
+
+def _check_size(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")

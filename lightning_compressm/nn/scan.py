@@ -15,7 +15,6 @@ __all__ = ["linear_recurrence"]
 _COMPLEX = (torch.complex64, torch.complex128)
 
 
-@torch.compiler.disable
 def linear_recurrence(
     eigenvalues: Tensor, inputs: Tensor, initial_state: Tensor | None = None
 ) -> Tensor:
@@ -56,8 +55,13 @@ def linear_recurrence(
         tensor([1.7500, 1.8750])
     """
     _check(eigenvalues, inputs, initial_state)
-    states: Tensor = _LinearRecurrence.apply(eigenvalues, inputs, initial_state)  # type: ignore[no-untyped-call]
+    states: Tensor = _apply(eigenvalues, inputs, initial_state)
     return states
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _apply(eigenvalues: Tensor, inputs: Tensor, initial_state: Tensor | None) -> Any:
+    return _LinearRecurrence.apply(eigenvalues, inputs, initial_state)
 
 
 class _LinearRecurrence(torch.autograd.Function):
@@ -76,7 +80,7 @@ class _LinearRecurrence(torch.autograd.Function):
         return states
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
         eigenvalues, powers, states, initial_state = ctx.saved_tensors
         # The conjugate h of the adjoint obeys the recurrence with lambda itself, and then
