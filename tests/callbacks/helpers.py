@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,29 @@ def dataset(seed: int = 0) -> TensorDataset:
 
 def loader(seed: int = 0) -> DataLoader[Any]:
     return DataLoader(dataset(seed), batch_size=BATCH)
+
+
+class StatefulLoader:
+    """Goes on in the middle of an epoch, which a plain DataLoader can't."""
+
+    def __init__(self) -> None:
+        self.batches, self.position = list(loader()), 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.position == len(self.batches):  # the last epoch was finished
+            self.position = 0
+        while self.position < len(self.batches):
+            self.position += 1
+            yield self.batches[self.position - 1]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.position = state_dict["position"]
 
 
 class Net(nn.Module):

@@ -1,0 +1,97 @@
+"""Trains several cases in one pair of processes: `python -m ...ddp_worker OUT CASE...`.
+
+Starting two interpreters with torch costs more than all cases together, so one launch runs many.
+A case is "optimizer/strategy option"; each rank saves what it ended with.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy
+
+from lightning_compressm import CompreSSMCallback
+
+from .helpers import Classifier, loader, trainer
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "static_graph": {"static_graph": True},
+    "bucket_view": {"gradient_as_bucket_view": True},
+    "find_unused": {"find_unused_parameters": True},
+    "frozen": {},
+    "manual_static": {"static_graph": True},
+}
+
+
+class FailOnRank(Callback):
+    """Makes the swap fail on one rank only."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if trainer.global_rank == self.rank:
+            trainer.optimizers[0].mine = list(pl_module.parameters())
+
+
+class Manual(Classifier):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        loss = super().training_step(batch, batch_idx)
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        scheduler.step()
+
+
+def run(case: str, tmp: Path, *, devices: int) -> dict[str, Any]:
+    """Train one case; with one device it is the reference of the same global batch."""
+    optimizer, option = case.split("/")
+    model = (Manual if option == "manual_static" else Classifier)(optimizer)
+    if option == "frozen":
+        model.net.first.requires_grad_(False)
+    strategy = DDPStrategy(process_group_backend="gloo", **OPTIONS[option])
+    callback = CompreSSMCallback(tolerance=0.2, window=(0.0, 0.6), verbose=False)
+    settings = {"strategy": strategy, "devices": devices} if devices > 1 else {}
+    trainer(tmp, callback, max_epochs=4, **settings).fit(model, loader())
+    return {
+        "state_dict": model.state_dict(),
+        "history": [{**event, "seconds": 0.0} for event in callback.history],
+        "d_state": model.net.first.d_state,
+    }
+
+
+def run_failing(tmp: Path) -> dict[str, Any]:
+    """One rank can't swap: every rank must stop with an error and an untouched model."""
+    model = Classifier("adamw")
+    callback = CompreSSMCallback(tolerance=0.2, window=(0, 2), verbose=False)
+    fit = trainer(
+        tmp, FailOnRank(1), callback, devices=2, strategy=DDPStrategy(process_group_backend="gloo")
+    )
+    try:
+        fit.fit(model, loader())
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}", "d_state": model.net.first.d_state}
+    return {"error": "", "d_state": model.net.first.d_state}
+
+
+def main(out: Path, cases: list[str]) -> None:
+    torch.set_num_threads(1)
+    rank = os.environ.get("LOCAL_RANK", "0")
+    for case in cases:
+        result = run_failing(out) if case == "failing" else run(case, out, devices=2)
+        torch.save(result, out / f"{case.replace('/', '-')}.{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

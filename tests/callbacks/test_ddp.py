@@ -1,0 +1,67 @@
+"""Two real gloo processes against each other and against one process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from .ddp_worker import run
+
+CASES = [
+    "sgd/plain",
+    "adamw/plain",
+    "adamw_fused/plain",
+    "adamw/static_graph",
+    "adamw/bucket_view",
+    "adamw/find_unused",
+    "adamw/frozen",
+    "adamw/manual_static",
+]
+
+
+def _launch(out: Path, *cases: str) -> None:
+    command = [sys.executable, "-m", "tests.callbacks.ddp_worker", str(out), *cases]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+
+
+def _load(out: Path, case: str, rank: int) -> dict[str, Any]:
+    result: dict[str, Any] = torch.load(out / f"{case.replace('/', '-')}.{rank}.pt")
+    return result
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("ddp")
+    _launch(out, *CASES)
+    return out
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_agree_with_each_other_and_with_one_process(
+    case: str, results: Path, tmp_path: Path
+) -> None:
+    first, second = (_load(results, case, rank) for rank in (0, 1))
+    single = run(case, tmp_path, devices=1)
+    assert first["history"] == second["history"]
+    assert any(event["action"] == "reduce" for event in first["history"])
+    assert first["d_state"] == single["d_state"] < 24
+    for name, value in first["state_dict"].items():
+        assert torch.equal(value, second["state_dict"][name]), f"{name} differs between ranks"
+        assert value.dtype == torch.float64
+        torch.testing.assert_close(value, single["state_dict"][name], rtol=1e-6, atol=1e-6)
+
+
+def test_failure_on_one_rank_stops_all_and_changes_nothing(tmp_path: Path) -> None:
+    _launch(tmp_path, "failing")
+    first, second = (_load(tmp_path, "failing", rank) for rank in (0, 1))
+    assert first["error"].startswith("SurgeryError")
+    assert second["error"].startswith("UnsupportedOptimizerError")
+    assert first["d_state"] == second["d_state"] == 24

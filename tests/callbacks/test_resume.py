@@ -1,0 +1,157 @@
+"""Checkpoints around a reduction: resume, evaluate, load."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_compressm import CompreSSMCallback, load_compressed
+
+from .helpers import BATCHES, Classifier, StatefulLoader, loader, trainer
+from .resume_worker import SETTINGS
+
+EPOCHS = 6
+
+
+class EpochCheckpoint(ModelCheckpoint):
+    """Another class name, so that its state is kept apart from the validated one's."""
+
+
+class Uninterrupted:
+    """One run that leaves checkpoints of every kind behind."""
+
+    def __init__(self, tmp: Path) -> None:
+        self.model, self.callback = Classifier("adamw"), CompreSSMCallback(**SETTINGS)
+        name = "{epoch}-{step}"
+        kinds: list[pl.Callback] = [
+            ModelCheckpoint(tmp / "validated", name, save_top_k=-1),
+            EpochCheckpoint(tmp / "epoch", name, save_top_k=-1, save_on_train_epoch_end=True),
+            ModelCheckpoint(tmp / "step", name, save_top_k=-1, every_n_train_steps=4),
+        ]
+        fit = trainer(tmp, self.callback, *kinds, max_epochs=EPOCHS, enable_checkpointing=True)
+        fit.fit(self.model, StatefulLoader(), loader(1))
+        self.optimizer = fit.optimizers[0].state_dict()
+        self.tmp = tmp
+
+    def checkpoint(self, kind: str, step: int) -> Path:
+        (path,) = (self.tmp / kind).glob(f"*-step={step}.ckpt")
+        return path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
+    torch.manual_seed(0)
+    return Uninterrupted(tmp_path_factory.mktemp("run"))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return bool(a == b)
+
+
+def test_the_run_was_reduced_twice_or_more(uninterrupted: Uninterrupted) -> None:
+    reduced = {e["step"] for e in uninterrupted.callback.history if e["action"] == "reduce"}
+    assert {BATCHES, 2 * BATCHES} <= reduced
+
+
+@pytest.mark.parametrize(
+    ("kind", "step"),
+    [
+        ("epoch", BATCHES),  # a plan is committed to, but not carried out
+        ("epoch", 2 * BATCHES),  # after one reduction, before the next
+        ("epoch", 4 * BATCHES),  # after the window
+        ("validated", BATCHES),  # written before the epoch's look
+        ("validated", 2 * BATCHES),
+        ("step", 8),  # in the middle of an epoch
+        ("step", 20),
+    ],
+)
+def test_resume_is_bitwise_equal(
+    uninterrupted: Uninterrupted, tmp_path: Path, kind: str, step: int
+) -> None:
+    model, callback = Classifier("adamw"), CompreSSMCallback(**SETTINGS)
+    fit = trainer(tmp_path, callback, max_epochs=EPOCHS)
+    path = uninterrupted.checkpoint(kind, step)
+    fit.fit(model, StatefulLoader(), loader(1), ckpt_path=path)
+    assert model.losses == uninterrupted.model.losses[step:]
+    assert _same(model.state_dict(), uninterrupted.model.state_dict())
+    assert _same(fit.optimizers[0].state_dict(), uninterrupted.optimizer)
+    strip = [{**e, "seconds": 0} for e in callback.history]
+    assert strip == [{**e, "seconds": 0} for e in uninterrupted.callback.history]
+
+
+def test_resume_in_a_fresh_process(uninterrupted: Uninterrupted, tmp_path: Path) -> None:
+    step = 2 * BATCHES
+    command = [sys.executable, "-m", "tests.callbacks.resume_worker"]
+    arguments = [
+        str(uninterrupted.checkpoint("epoch", step)),
+        str(tmp_path / "out.pt"),
+        str(EPOCHS),
+    ]
+    done = subprocess.run(
+        command + arguments,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    fresh = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert fresh["losses"] == uninterrupted.model.losses[step:]
+    assert _same(fresh["state_dict"], uninterrupted.model.state_dict())
+    assert _same(fresh["optimizer"], uninterrupted.optimizer)
+
+
+def test_longer_resume_does_not_move_the_window(
+    uninterrupted: Uninterrupted, tmp_path: Path
+) -> None:
+    callback = CompreSSMCallback(**SETTINGS)
+    fit = trainer(tmp_path, callback, max_epochs=4 * EPOCHS)
+    fit.fit(Classifier("adamw"), loader(), ckpt_path=uninterrupted.checkpoint("epoch", BATCHES))
+    assert max(event["step"] for event in callback.history) <= 0.5 * EPOCHS * BATCHES
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_evaluation_from_a_reduced_checkpoint(
+    uninterrupted: Uninterrupted, tmp_path: Path, stage: str
+) -> None:
+    class Evaluated(Classifier):
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            self.validation_step(batch, batch_idx)
+
+        def predict_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return self.net(batch[0])
+
+    model = Evaluated("adamw")
+    run = getattr(trainer(tmp_path, CompreSSMCallback(**SETTINGS)), stage)
+    run(model, loader(1), ckpt_path=uninterrupted.checkpoint("epoch", EPOCHS * BATCHES))
+    assert _same(model.state_dict(), uninterrupted.model.state_dict())
+
+
+def test_load_from_checkpoint_and_load_compressed(uninterrupted: Uninterrupted) -> None:
+    path = uninterrupted.checkpoint("epoch", EPOCHS * BATCHES)
+    loaded = Classifier.load_from_checkpoint(path)
+    assert _same(loaded.state_dict(), uninterrupted.model.state_dict())
+    ours = load_compressed(Classifier("adamw"), path)
+    assert ours.net.first.d_state == uninterrupted.model.net.first.d_state
+    assert _same(ours.state_dict(), uninterrupted.model.state_dict())
+
+
+def test_checkpoint_is_plain_data(uninterrupted: Uninterrupted) -> None:
+    path = uninterrupted.checkpoint("epoch", BATCHES)
+    data = torch.load(path, weights_only=True)
+    (state,) = (v for k, v in data["callbacks"].items() if k.startswith("CompreSSMCallback"))
+    assert state["window"] == [0, 18]
+    assert state["pending"]["plan"]["attributes"]["net.first.d_state"] < 24
