@@ -51,6 +51,8 @@ def apply_proposal(
 
     Example:
         >>> from lightning_compressm.nn import LRU
+        >>> from lightning_compressm.policy import ReductionPolicy
+        >>> from lightning_compressm.proposal import propose
         >>> layer = LRU(1, 16)
         >>> undo = apply_proposal(layer, propose(layer, ReductionPolicy(state_dim=4)).plan)
         >>> layer.d_state

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compressm.control import DiagonalLTI, Reduction
-from lightning_compressm.families._base import Family
+from lightning_compressm.families._base import Family, tensor_of
 from lightning_compressm.families._registry import register_family
 from lightning_compressm.surgery.plan import Combine, Contract, MomentRule, Refill
 
@@ -103,7 +103,7 @@ class LRUFamily(Family):
         self, module: nn.Module, reduction: Reduction, values: Mapping[str, Tensor]
     ) -> dict[str, MomentRule]:
         """B and C follow the change of basis, gamma by the chain rule; eigenvalues are refilled."""
-        old = module.gamma_log.detach().double().exp()
+        old = tensor_of(module, "gamma_log").detach().double().exp()
         ratio = _gain(reduction.system)[:, None] / old[None, :]
         into_b = (ratio * reduction.right.mH, ratio * reduction.right_conj.mT)
         into_c = (reduction.left.conj(), reduction.left_conj.conj())
