@@ -1,1 +1,1 @@
-"""Experiments with the package: data, models, recipes and the tables that the documentation quotes."""
+"""Experiments with the package: data, models, recipes, and the tables that the docs quote."""

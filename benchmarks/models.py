@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal
 
 import lightning as L
@@ -16,7 +17,6 @@ from lightning_compressm.nn import LRU
 
 LayerFactory = Callable[[int, int], nn.Module]
 Pool = Literal["mean", "last"]
-STAGES = ("train", "val", "test")
 
 
 class ResidualBlock(nn.Module):
@@ -38,7 +38,7 @@ class ResidualBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Normalising (batch * length, channels) needs no transpose, unlike (batch, channels, length).
+        # As (batch * length, channels) there is nothing to transpose.
         normed = self.norm(x.flatten(0, 1)).view_as(x)
         hidden = self.dropout(F.gelu(self.layer(normed)))
         return x + self.dropout(F.glu(self.gate(hidden), dim=-1))
@@ -94,6 +94,7 @@ class SequenceClassifier(nn.Module):
     def ssm_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of the state-space layers, which are trained gently."""
         for block in self.blocks:
+            assert isinstance(block, ResidualBlock)
             yield from block.layer.parameters()
 
 
@@ -134,31 +135,31 @@ class ClassifierModule(L.LightningModule):
         self.ssm_lr_factor = ssm_lr_factor
         self.weight_decay = weight_decay
         self.warmup = warmup
-        self.accuracy = nn.ModuleDict(
-            # A ModuleDict refuses the key "train": it is a method's name.
-            {f"{stage}_acc": MulticlassAccuracy(n_classes, average="micro") for stage in STAGES}
-        )
+        self.train_acc = MulticlassAccuracy(n_classes, average="micro")
+        self.val_acc = MulticlassAccuracy(n_classes, average="micro")
+        self.test_acc = MulticlassAccuracy(n_classes, average="micro")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        return self._step(batch, "train")
+        return self._step("train", self.train_acc, *batch)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._step(batch, "val")
+        self._step("val", self.val_acc, *batch)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._step(batch, "test")
+        self._step("test", self.test_acc, *batch)
 
-    def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
-        sequences, classes = batch
+    def _step(
+        self, stage: str, accuracy: MulticlassAccuracy, sequences: Tensor, classes: Tensor
+    ) -> Tensor:
         logits = self.model(sequences)
         loss = F.cross_entropy(logits, classes)
-        accuracy = self.accuracy[f"{stage}_acc"]
         accuracy.update(logits, classes)
-        scalars = {f"{stage}_loss": loss, f"{stage}_acc": accuracy}
-        self.log_dict(scalars, on_step=False, on_epoch=True, prog_bar=stage != "test")
+        log = partial(self.log, on_step=False, on_epoch=True, prog_bar=stage != "test")
+        log(f"{stage}_loss", loss, batch_size=len(classes))
+        log(f"{stage}_acc", accuracy)
         return loss
 
     def configure_optimizers(self) -> Any:
@@ -187,5 +188,3 @@ class ClassifierModule(L.LightningModule):
                 "max_epochs"
             )
         return int(total)
-
-

@@ -21,9 +21,9 @@ def make_patterns(n_classes: int, steps: int) -> Tensor:
     return patterns / patterns.std(1, correction=0, keepdim=True)
 
 
-def make_sequences(patterns: Tensor, delay: int, noise: float, size: int, seed: int) -> tuple[
-    Tensor, Tensor
-]:
+def make_sequences(
+    patterns: Tensor, delay: int, noise: float, size: int, seed: int
+) -> tuple[Tensor, Tensor]:
     """Draw `size` sequences: a noisy pattern, then `delay` steps of noise alone.
 
     Args:
