@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compressm.control import DiagonalLTI, Reduction
-from lightning_compressm.families._base import Family, tensor_of
+from lightning_compressm.families._base import Family, double, tensor_of
 from lightning_compressm.families._registry import register_family
 from lightning_compressm.surgery.plan import Combine, Contract, MomentRule, Refill
 
@@ -23,7 +23,7 @@ __all__ = ["LRUFamily"]
 _DIAGONALS = ("nu_log", "theta_log", "gamma_log")
 # log(theta) of a positive real eigenvalue would be -inf: no gradient, and NaN by weight decay.
 _MIN_THETA = 1e-7
-_MIN_RADIUS, _MAX_RADIUS = 1e-12, 1.0 - 1e-7
+_MIN_RADIUS, _MAX_RADIUS = 1e-12, 1.0 - 1e-12
 
 
 @register_family
@@ -72,8 +72,7 @@ class LRUFamily(Family):
             own: dict[str, Any] = {
                 n: p.detach() for n, p in module._parameters.items() if p is not None
             }
-            decay, phase = own["nu_log"].double().exp(), own["theta_log"].double().exp()
-            gamma = own["gamma_log"].double().exp()
+            decay, phase, gamma = (double(own[name]).exp() for name in _DIAGONALS)
             return DiagonalLTI(
                 eigenvalues=torch.exp(torch.complex(-decay, phase)),
                 B=gamma[:, None] * _complex(own, "B"),
@@ -103,7 +102,7 @@ class LRUFamily(Family):
         self, module: nn.Module, reduction: Reduction, values: Mapping[str, Tensor]
     ) -> dict[str, MomentRule]:
         """B and C follow the change of basis, gamma by the chain rule; eigenvalues are refilled."""
-        old = tensor_of(module, "gamma_log").detach().double().exp()
+        old = double(tensor_of(module, "gamma_log").detach()).exp()
         ratio = _gain(reduction.system)[:, None] / old[None, :]
         into_b = (ratio * reduction.right.mH, ratio * reduction.right_conj.mT)
         into_c = (reduction.left.conj(), reduction.left_conj.conj())
@@ -157,9 +156,11 @@ class LRUFamily(Family):
 
 
 def _complex(own: Mapping[str, Tensor], name: str) -> Tensor:
-    if name in own:
-        return own[name].to(torch.complex128)
-    return torch.complex(own[f"{name}_re"].double(), own[f"{name}_im"].double())
+    return (
+        double(own[name])
+        if name in own
+        else torch.complex(double(own[f"{name}_re"]), double(own[f"{name}_im"]))
+    )
 
 
 def _gain(system: DiagonalLTI) -> Tensor:
