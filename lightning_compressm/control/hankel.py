@@ -9,7 +9,6 @@ from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_compressm.control._factors import Gramian
 from lightning_compressm.control.gramians import check_horizon, gramians, real_gramians
@@ -221,8 +220,12 @@ class _SingularValues(torch.autograd.Function):
         return sigma
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "expected first derivatives of Hankel singular values only, got create_graph=True; "
+                "second derivatives are not available"
+            )
         t_l, t_r = ctx.saved_tensors
         half = grad.unsqueeze(-1) / 2
         return t_l.mH @ (half * t_l), t_r @ (half * t_r.mH), None, None

@@ -258,6 +258,6 @@ class DiagonalLTI:
         if length < 1:
             raise ValueError(f"expected a length of at least 1, got {length}")
         full = self.double()
-        powers = torch.linalg.vander(full.eigenvalues, N=length).mT
+        powers = torch.linalg.vander(full.eigenvalues, N=max(length, 2))[..., :length].mT
         response: Tensor = (full.C.unsqueeze(-3) * powers.unsqueeze(-2)) @ full.B.unsqueeze(-3)
         return response.real if self.real_output else response
