@@ -94,7 +94,9 @@ def relative_time(runs: Sequence[ArmRun], full: Sequence[ArmRun]) -> str:
 def make_note(runs: Sequence[ArmRun], settings: Settings, seconds: float) -> str:
     """What the figures in the table are."""
     arms = by_arm(runs)
-    n_looks = max((len(run.looks) for run in arms["compressed"]), default=0)
+    # The history has one entry for each layer and look.
+    n_looks = max(len({look["step"] for look in run.looks}) for run in arms["compressed"])
+    looks = "1 look" if n_looks == 1 else f"{n_looks} looks"
     wall = ", ".join(
         f"{arm} {median(ratios(members, arms['full'], 'wall')):.2f}"
         for arm, members in arms.items()
@@ -104,7 +106,7 @@ def make_note(runs: Sequence[ArmRun], settings: Settings, seconds: float) -> str
     return (
         f"CPU, one thread. Accuracy: mean ± standard deviation over seeds "
         f"{', '.join(map(str, settings.seeds))}; {settings.steps} steps each. Compressed: "
-        f"CompreSSMCallback(tolerance={settings.tolerance:g}), {n_looks} looks in the first tenth "
+        f"CompreSSMCallback(tolerance={settings.tolerance:g}), {looks} in the first tenth "
         f"of the steps. Small: trained from scratch at the final dimension of the compressed run "
         f"of the same seed. Time: processor seconds of training, reductions included; median over "
         f"seeds of the ratio within a seed (smallest to largest), the arms taking turns by the "
