@@ -105,9 +105,7 @@ class LRU(nn.Module):
     @property
     def eigenvalues(self) -> Tensor:
         """The eigenvalues lambda, (N,) complex128 (complex64 on devices without float64)."""
-        # Near the unit circle 1 - |lambda| is small: in float32 it would lose its digits.
-        wide = torch.float32 if self.nu_log.device.type == "mps" else torch.float64
-        decay, phase = self.nu_log.to(wide).exp(), self.theta_log.to(wide).exp()
+        decay, phase = self._decay_and_phase()
         eigenvalues: Tensor = torch.complex(-decay, phase).exp()
         return eigenvalues
 
@@ -129,7 +127,7 @@ class LRU(nn.Module):
             raise ValueError(f"LRU needs at least one step, got shape {tuple(inputs.shape)}")
         with full_precision(inputs.device):
             weights = self._weights(self._compute_dtype(inputs))
-            outputs = fused_lru(inputs.to(weights[0].dtype), self.eigenvalues, *weights)
+            outputs = fused_lru(inputs.to(weights[0].dtype), *self._decay_and_phase(), *weights)
         return outputs.to(inputs.dtype)
 
     def step(self, inputs: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,6 +175,12 @@ class LRU(nn.Module):
     def _compute_dtype(self, inputs: Tensor) -> torch.dtype:
         dtype = torch.promote_types(inputs.dtype, self.B_re.dtype)
         return torch.promote_types(dtype, torch.float32)
+
+    def _decay_and_phase(self) -> tuple[Tensor, Tensor]:
+        """Return -log |lambda| and arg lambda, (N,)."""
+        # Near the unit circle 1 - |lambda| is small: in float32 it would lose its digits.
+        wide = torch.float32 if self.nu_log.device.type == "mps" else torch.float64
+        return self.nu_log.to(wide).exp(), self.theta_log.to(wide).exp()
 
     def _weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Return gamma B transposed and C, both (H, 2N) interleaved real pairs, and D."""
