@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from benchmarks.data.sequences import SequenceDataModule
 from benchmarks.models import ClassifierModule
-from benchmarks.tables import markdown_table
+from benchmarks.tables import make_console, markdown_table
 from benchmarks.training import (
     TASKS,
     EpochProgress,
@@ -237,7 +237,7 @@ def parse(arguments: Iterable[str] | None = None) -> Settings:
 
 def main(arguments: Iterable[str] | None = None) -> int:
     settings = parse(arguments)
-    console = Console()
+    console = make_console()
     quiet()
     use_one_thread()
     cuts = run(settings, console)

@@ -102,11 +102,12 @@ def make_note(runs: Sequence[ArmRun], settings: Settings, seconds: float) -> str
         for arm, members in arms.items()
         if arm != "full"
     )
+    argument = "" if settings.tolerance is None else f"tolerance={settings.tolerance:g}"
     full_seconds = median(run.cpu for run in arms["full"])
     return (
         f"CPU, one thread. Accuracy: mean ± standard deviation over seeds "
         f"{', '.join(map(str, settings.seeds))}; {settings.steps} steps each. Compressed: "
-        f"CompreSSMCallback(tolerance={settings.tolerance:g}), {looks} in the first tenth "
+        f"CompreSSMCallback({argument}), {looks} in the first tenth "
         f"of the steps. Small: trained from scratch at the final dimension of the compressed run "
         f"of the same seed. Time: processor seconds of training, reductions included; median over "
         f"seeds of the ratio within a seed (smallest to largest), the arms taking turns by the "
@@ -164,6 +165,8 @@ def draw_spectra(axes: Axes, arms: dict[str, list[ArmRun]]) -> None:
         title=f"Hankel spectrum, compressed, seed {run.seed}",
         xlabel="state",
         ylabel="Hankel singular value, 64 steps",
+        # States without any energy would squeeze the rest.
+        ylim=(1e-4 * max(max(sigma) for _, sigma in shown), None),
     )
     axes.legend(title="after step", fontsize="small")
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
+
+from rich.console import Console
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -17,3 +20,8 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     cells = ([cell.replace("\n", "<br>") for cell in line] for line in lines)
     return "".join(f"| {' | '.join(line)} |\n" for line in cells)
+
+
+def make_console() -> Console:
+    """A console as wide as the terminal; wide enough for the tables where there is none."""
+    return Console(width=None if sys.stdout.isatty() else 100)

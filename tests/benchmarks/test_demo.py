@@ -56,8 +56,19 @@ def test_one_seed_has_no_spread(runs: list[ArmRun]) -> None:
 
 def test_the_note_says_what_the_figures_are(runs: list[ArmRun]) -> None:
     note = demo_report.make_note(runs, Settings(seeds=(0, 1)), 60)
-    for part in ("CPU", "standard deviation over seeds 0, 1", "median", "tolerance=", "1 look "):
+    for part in (
+        "CPU",
+        "standard deviation over seeds 0, 1",
+        "median",
+        "CompreSSMCallback()",
+        "1 look ",
+    ):
         assert part in note
+
+
+def test_the_note_names_a_chosen_tolerance(runs: list[ArmRun]) -> None:
+    note = demo_report.make_note(runs, Settings(seeds=(0, 1), tolerance=0.1), 60)
+    assert "CompreSSMCallback(tolerance=0.1)" in note
 
 
 def test_report_files(runs: list[ArmRun], tmp_path: Path) -> None:
@@ -82,8 +93,8 @@ def test_spectra_shown_hold_every_size_and_the_end() -> None:
 
 
 def test_command_line() -> None:
-    settings = demo.parse(["--seeds", "3", "4", "--steps", "60", "--output", "here"])
-    assert settings == Settings((3, 4), 60, output=Path("here"))
+    words = ["--seeds", "3", "4", "--steps", "60", "--tolerance", "0.1", "--output", "here"]
+    assert demo.parse(words) == Settings((3, 4), 60, 0.1, Path("here"))
     assert demo.parse([]) == Settings()
     with pytest.raises(SystemExit):
         demo.parse(["--steps", "10"])
