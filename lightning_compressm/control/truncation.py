@@ -21,13 +21,12 @@ from lightning_compressm.control.hankel import (
     with_cpu_fallback,
 )
 from lightning_compressm.control.system import DiagonalLTI
-from lightning_compressm.errors import IllConditionedError, UnstableSystemError
+from lightning_compressm.errors import UnstableSystemError
 
 __all__ = ["Reduction", "Selection", "balanced_truncation"]
 
 Selection = Literal["largest", "smallest", "random"]
 _ROUNDING = 1e-8  # how far outside the unit circle a pole may land by rounding alone
-_CUTS = (NEGLIGIBLE, 1e-12, 1e-10, 1e-8)  # weakest states allowed, relative to the strongest
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,28 +213,15 @@ def _reduce(balancing: Balancing, job: _Job) -> tuple[_modal.ModalForm, bool]:
     system = balancing.system
     if job.order == system.order:
         return _modal.identity(system, job.balance), False
-    alive = _alive(balancing.sigma, NEGLIGIBLE)
-    for cut in _CUTS:
-        try:
-            kept = _select(balancing.sigma, _alive(balancing.sigma, cut), job)
-            form = _modal.modal_form(balancing, kept, job.order)
-            form, clamped = _stabilised(form, system, job.horizon)
-        except (IllConditionedError, UnstableSystemError):
-            # Only states at the level of rounding may be given up for a sound result.
-            if cut == _CUTS[-1] or _alive(balancing.sigma, _CUTS[-1]) == alive:
-                raise
-        else:
-            break
+    form = _modal.modal_form(balancing, _select(balancing.sigma, job), job.order)
+    form, clamped = _stabilised(form, system, job.horizon)
     form = form.padded(job.order, system)
     return (form if job.balance == "complex" else form.upper()), clamped
 
 
-def _alive(sigma: Tensor, cut: float) -> int:
-    return int((sigma > cut * sigma[0]).sum())
-
-
-def _select(sigma: Tensor, alive: int, job: _Job) -> Tensor:
+def _select(sigma: Tensor, job: _Job) -> Tensor:
     """Indices of the balanced states to keep, the first to drop last."""
+    alive = int((sigma > NEGLIGIBLE * sigma[0]).sum())
     count = min(job.order * (2 if job.balance == "real" else 1), alive)
     if job.selection == "largest":
         return torch.arange(count, device=sigma.device)

@@ -226,7 +226,6 @@ def test_dependent_eigenvectors_are_refused():
 
 @balances
 def test_failed_diagonalisation_is_reported(balance, monkeypatch):
-    # All values matter here, so none may be given up to rescue the result.
     monkeypatch.setattr(_modal, "MAX_CONDITION", 0.5)
     with pytest.raises(IllConditionedError, match="condition number up to"):
         balanced_truncation(random_system(6, 3, 3), 3, balance=balance)

@@ -95,6 +95,22 @@ def test_folded_form_conjugates_what_was_stored_below():
     assert bool((reduction.left_conj != 0).any())
 
 
+def test_poles_that_leave_the_upper_half_plane_are_folded_back():
+    generator = torch.Generator().manual_seed(22)
+    system = random_system(8, 1, 1, seed=22, radii=(0.1, 0.9))
+    phases = 0.01 * torch.rand(8, generator=generator, dtype=torch.float64)
+    phases[1::2] *= -1
+    system.eigenvalues[:] = torch.polar(system.eigenvalues.abs(), phases)
+    below = balanced_truncation(system.folded(), 2, balance="complex").system.eigenvalues.imag < 0
+    assert bool(below.any())
+    reduction = balanced_truncation(system, 2, balance="folded")
+    assert bool((reduction.system.eigenvalues.imag >= 0).all())
+    assert bool((reduction.left_conj != 0).any())
+    assert_consistent(system, reduction)
+    x = torch.randn(2, 3, generator=generator, dtype=torch.float64) * (1 + 2j)
+    torch.testing.assert_close(to_new(reduction, to_old(reduction, x)), x)
+
+
 @pytest.mark.parametrize("balance", BALANCES)
 def test_padding_has_no_part_in_the_maps(balance):
     system = random_system(5, 2, 2)
