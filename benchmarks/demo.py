@@ -62,8 +62,8 @@ class ArmRun:
         accuracy: On the test set, in [0, 1].
         wall: Seconds of training by the clock.
         cpu: Seconds of training by the processor.
-        dims: (step, total state dimension) after each epoch.
-        spectra: (step, Hankel singular values of the first layer) now and then; compressed only.
+        dims: (step, total state dimension) before each epoch and at the end.
+        spectra: (step, spectrum of the first layer) at the same steps; compressed only.
         looks: The callback's history; compressed only.
     """
 
@@ -91,25 +91,24 @@ class Watcher(TimedTurns):
         self.length = length
         self.settled: Future[int] = Future()
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.run.before = state_dims(pl_module)
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # The callback before this one has just carried out what it decided at the epoch's end.
+        self.watch.stop()
         self._look(trainer, pl_module)
-        super().on_train_start(trainer, pl_module)
-
-    def between_epochs(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._look(trainer, pl_module)
-        # The last look of the window is carried out at the start of the epoch that follows.
-        first_after = WINDOW_END * trainer.max_steps + trainer.num_training_batches
-        if trainer.global_step >= first_after and not self.settled.done():
+        if trainer.global_step >= WINDOW_END * trainer.max_steps and not self.settled.done():
             self.settled.set_result(self.run.dims[-1][1])
+        self.watch.start()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
+        self._look(trainer, pl_module)
         self.run.after = state_dims(pl_module)
         self.run.wall, self.run.cpu = self.watch.wall, self.watch.cpu
 
     def _look(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        step, total = trainer.global_step, sum(state_dims(pl_module).values())
+        dims = state_dims(pl_module)
+        self.run.before = self.run.before or dims
+        step, total = trainer.global_step, sum(dims.values())
         self.run.dims.append((step, total))
         if self.run.arm == "compressed":
             # Time-limited, as the callback sees the layer.

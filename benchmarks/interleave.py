@@ -107,12 +107,8 @@ class TimedTurns(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.watch.stop()
-        self.between_epochs(trainer, pl_module)
         self.turns.pass_on(self.name)
         self.watch.start()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.watch.stop()
-
-    def between_epochs(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """What a subclass looks at after an epoch, with the watch stopped."""
