@@ -213,7 +213,7 @@ def _refusals_change_nothing(family: Family) -> None:
         else:
             raise AssertionError(f"{what} is not refused; expected a CompreSSMError")
         same = all(
-            tensor is tensors[name] and torch.equal(tensor.nan_to_num(), before[name].nan_to_num())
+            tensor is tensors[name] and _identical(tensor, before[name])
             for name, tensor in _tensors(layer).items()
         )
         _expect(same, f"{what} is refused only after the layer was changed")
@@ -318,6 +318,11 @@ def _surround(layer: nn.Module, names: list[str]) -> tuple[nn.Module, list[None]
 def _traits(tensor: Tensor) -> tuple[object, ...]:
     mark = getattr(tensor, "mark", None)
     return type(tensor), tensor.dtype, tensor.device, tensor.requires_grad, tensor.ndim, mark
+
+
+def _identical(a: Tensor, b: Tensor) -> bool:
+    """Equal, NaN counted as equal to NaN."""
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a[~a.isnan()], b[~b.isnan()])
 
 
 def _parametrize(layer: nn.Module, name: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compressm.control import DiagonalLTI, Reduction
+from lightning_compressm.surgery.apply import refuse_parametrized
 from lightning_compressm.surgery.plan import MomentRule, Refill, SurgeryPlan, TensorEdit
 
 __all__ = ["Family"]
@@ -78,19 +79,19 @@ class Family(ABC):
         return {
             name: state_dim
             for name in self.state_dim_attributes
-            if getattr(module, name, None) == old
+            if getattr(module, name, None) == old and not _is_computed(module, name)
         }
 
     def state_dim(self, module: nn.Module) -> int:
         """The current state dimension N."""
         name, dim = next(iter(self.state_axes(module).items()))
-        return int(tensor_of(module, name).shape[dim])
+        return int(_shape_source(module, name).shape[dim])
 
     def state_dim_in(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> int | None:
         """The state dimension of a saved layer, or ``None`` if its tensors are not there."""
         for name, dim in self.state_axes(module).items():
             saved = tensors.get(name)
-            if saved is not None and saved.ndim == tensor_of(module, name).ndim:
+            if saved is not None and saved.ndim == _shape_source(module, name).ndim:
                 return int(saved.shape[dim])
         return None
 
@@ -117,14 +118,29 @@ class Family(ABC):
         return SurgeryPlan(edits, self.attributes(module, state_dim))
 
 
+def _is_computed(module: nn.Module, name: str) -> bool:
+    """A property without a setter follows by itself."""
+    attribute = getattr(type(module), name, None)
+    return isinstance(attribute, property) and attribute.fset is None
+
+
 def tensor_of(module: nn.Module, name: str) -> Tensor:
     """The parameter or buffer with a dotted name.
+
+    Raises:
+        UnsupportedLayerError: if it is parametrized: then it is a new tensor at each look.
 
     Example:
         >>> from torch import nn
         >>> tensor_of(nn.Sequential(nn.Linear(2, 3)), "0.weight").shape
         torch.Size([3, 2])
     """
+    path, _, key = name.rpartition(".")
+    refuse_parametrized(module.get_submodule(path), key)
+    return _shape_source(module, name)
+
+
+def _shape_source(module: nn.Module, name: str) -> Tensor:
     path, _, key = name.rpartition(".")
     tensor: Tensor = getattr(module.get_submodule(path), key)
     return tensor

@@ -82,7 +82,7 @@ def apply_plan(model: nn.Module, plan: SurgeryPlan) -> AppliedSurgery:
         >>> layer.weight.shape, layer.out_features
         (torch.Size([2, 3]), 2)
         >>> done.undo()
-        ... layer.weight.shape
+        >>> layer.weight.shape
         torch.Size([4, 3])
     """
     replacements = _prepare(model, plan)
@@ -138,11 +138,7 @@ def _new_tensor(name: str, old: Tensor, value: Tensor) -> Tensor:
 
 def _find_tensor(model: nn.Module, name: str) -> Tensor:
     owner, key = _resolve(model, name)
-    if parametrize.is_parametrized(owner, key):
-        raise UnsupportedLayerError(
-            f"'{name}' is parametrized; expected a plain parameter. Remove the parametrization "
-            "(torch.nn.utils.parametrize.remove_parametrizations) or ignore this layer."
-        )
+    refuse_parametrized(owner, key)
     stores: dict[str, Tensor | None] = {**owner._buffers, **owner._parameters}
     tensor = stores.get(key)
     if tensor is None:
@@ -156,6 +152,20 @@ def _find_tensor(model: nn.Module, name: str) -> Tensor:
             "be moved to a new one. Remove them or ignore this layer."
         )
     return tensor
+
+
+def refuse_parametrized(owner: nn.Module, key: str) -> None:
+    """Raise :class:`UnsupportedLayerError` if a tensor is computed from others.
+
+    Example:
+        >>> refuse_parametrized(nn.Linear(2, 2), "weight")
+    """
+    if parametrize.is_parametrized(owner, key):
+        raise UnsupportedLayerError(
+            f"'{key}' of {type(owner).__name__} is parametrized; expected a plain parameter. "
+            "Remove the parametrization (torch.nn.utils.parametrize.remove_parametrizations) or "
+            "ignore this layer."
+        )
 
 
 def _resolve(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -188,7 +188,8 @@ def _refill(replacement: Replacement, value: Tensor, scale: float) -> Tensor:
             value.shape, replacement.old.shape, replacement.new.shape, strict=True
         )
     ]
-    return value.new_full(shape, scale * value.double().mean().item() if scale else 0.0)
+    wide = torch.complex128 if value.is_complex() else torch.float64
+    return value.new_full(shape, scale * value.to(wide).mean().item() if scale else 0.0)
 
 
 def _kind(key: str, value: Tensor) -> str:
