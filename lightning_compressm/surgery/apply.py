@@ -111,7 +111,7 @@ def _prepare(model: nn.Module, plan: SurgeryPlan) -> dict[str, Replacement]:
     for name, edit in plan.edits.items():
         old = _find_tensor(model, name)
         twin = by_old.get(id(old))
-        if twin is not None and not torch.equal(twin.edit.value, edit.value):
+        if twin is not None and not _equal(twin.edit.value, edit.value):
             raise SurgeryError(
                 f"'{name}' shares its tensor with another edited name, but the plan gives the two "
                 "different values. Untie the layers, or keep one of them out with `ignore`."
@@ -119,6 +119,10 @@ def _prepare(model: nn.Module, plan: SurgeryPlan) -> dict[str, Replacement]:
         replacement = twin or Replacement(old, _new_tensor(name, old, edit.value), edit)
         replacements[name] = by_old[id(old)] = replacement
     return replacements
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and (a.is_meta or torch.equal(a, b))
 
 
 def _new_tensor(name: str, old: Tensor, value: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ just before its weights are copied. So ``Trainer.fit(ckpt_path=...)``, ``load_st
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -73,8 +74,9 @@ def _install(module: nn.Module, hook: Callable[..., None]) -> None:
 def _resize_layers_on_load(
     model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object
 ) -> None:
-    for name, module in _named_ssm_modules(model):
-        resize_on_load(module, state_dict, f"{prefix}{name}." if name else prefix)
+    plan = _resize_all_plan(model, state_dict, prefix)
+    if plan:
+        apply_plan(model, plan)
 
 
 def load_compressed(model: ModuleT, checkpoint: str | PathLike[str] | Mapping[str, Any]) -> ModuleT:
@@ -99,27 +101,18 @@ def load_compressed(model: ModuleT, checkpoint: str | PathLike[str] | Mapping[st
     """
     state_dict = _state_dict_of(checkpoint)
     install_resize_hooks(model)
-    applied = []
-    before = {name: t.detach().clone() for name, t in model.state_dict().items()}
+    applied = AppliedSurgery()
+    before = deepcopy(model.state_dict())
     try:
-        for name, module in _named_ssm_modules(model):
-            plan = _resize_plan(module, state_dict, f"{name}." if name else "")
-            applied.append(apply_plan(module, plan))
+        applied = apply_plan(model, _resize_all_plan(model, state_dict, ""))
         model.load_state_dict(state_dict)
     except Exception as error:
-        _take_back(model, applied, before)
+        applied.undo()
+        model.load_state_dict(before)
         raise CheckpointError(
             f"the checkpoint does not fit the model, which is left as it was: {error}"
         ) from error
     return model
-
-
-def _take_back(
-    model: nn.Module, applied: list[AppliedSurgery], before: Mapping[str, Tensor]
-) -> None:
-    for surgery in reversed(applied):
-        surgery.undo()
-    model.load_state_dict(before)
 
 
 def _state_dict_of(checkpoint: str | PathLike[str] | Mapping[str, Any]) -> Mapping[str, Any]:
@@ -139,6 +132,14 @@ def _state_dict_of(checkpoint: str | PathLike[str] | Mapping[str, Any]) -> Mappi
             f"expected a state dict (a mapping of names to tensors), got {type(content).__name__}."
         )
     return content
+
+
+def _resize_all_plan(model: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> SurgeryPlan:
+    """One plan for all layers, so that tensors which they share stay shared."""
+    return SurgeryPlan.merge(
+        _resize_plan(module, state_dict, f"{prefix}{name}." if name else prefix).prefixed(name)
+        for name, module in _named_ssm_modules(model)
+    )
 
 
 def _resize_plan(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> SurgeryPlan:

@@ -43,13 +43,14 @@ def transport_states(
         >>> transport_states({}, {})
         {}
     """
+    states = {name: _centred(state) for name, state in states.items()}
     order = sorted(states, key=lambda name: isinstance(replaced[name].edit.moments, Contract))
     carried: dict[str, State] = {}
     for name in order:
         state = _transport_one(name, replaced, states, carried)
         if state is not None:
             carried[name] = state
-    return carried
+    return {name: _uncentred(state) for name, state in carried.items()}
 
 
 def truncate_state(replacement: Replacement, state: State) -> State | None:
@@ -72,7 +73,7 @@ def truncate_state(replacement: Replacement, state: State) -> State | None:
     result: State = {}
     for key, value in state.items():
         if _keeps(value, replacement.old):
-            result[key] = value
+            result[key] = _copied(value)
         elif _follows(value, replacement.old):
             sizes = [min(v, n) for v, n in zip(value.shape, replacement.new.shape, strict=True)]
             result[key] = value[tuple(slice(size) for size in sizes)].clone()
@@ -91,7 +92,7 @@ def _transport_one(
     result: State = {}
     for key, value in states[name].items():
         if _keeps(value, replacement.old):
-            result[key] = value
+            result[key] = _copied(value)
         elif not _follows(value, replacement.old):
             return None
         else:
@@ -190,6 +191,31 @@ def _refill(replacement: Replacement, value: Tensor, scale: float) -> Tensor:
     ]
     wide = torch.complex128 if value.is_complex() else torch.float64
     return value.new_full(shape, scale * value.to(wide).mean().item() if scale else 0.0)
+
+
+def _centred(state: State) -> State:
+    """Centred RMSprop's square_avg as a variance: carried apart it could fall below grad_avg^2."""
+    if not torch.is_tensor(state.get("grad_avg")) or "square_avg" not in state:
+        return state
+    return state | {"square_avg": state["square_avg"] - _squared(state["grad_avg"])}
+
+
+def _uncentred(state: State) -> State:
+    if not torch.is_tensor(state.get("grad_avg")) or "square_avg" not in state:
+        return state
+    return state | {"square_avg": state["square_avg"] + _squared(state["grad_avg"])}
+
+
+def _squared(value: Tensor) -> Tensor:
+    """Squares of the real parts, as optimizers form them."""
+    if not value.is_complex():
+        return value.square()
+    return torch.view_as_complex(torch.view_as_real(value).square())
+
+
+def _copied(value: Any) -> Any:
+    """A copy: the next step counts in place, and undoing must find the old count."""
+    return value.clone() if torch.is_tensor(value) else value
 
 
 def _kind(key: str, value: Tensor) -> str:

@@ -6,12 +6,13 @@ parameter groups; so both stay, and only the tensors inside change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
-from torch.optim import LBFGS, Adagrad, Optimizer
+from torch.optim import LBFGS, SGD, Adagrad, Optimizer
 
 from lightning_compressm.errors import UnsupportedOptimizerError
 from lightning_compressm.surgery.apply import AppliedSurgery, Replacement
@@ -52,14 +53,14 @@ def check_optimizer(optimizer: object) -> None:
 
 
 def rebind_optimizers(
-    optimizers: Iterable[Optimizer],
+    optimizers: Iterable[Optimizer] | Optimizer,
     applied: AppliedSurgery,
     policy: OptimizerStatePolicy = "transport",
 ) -> Callable[[], None]:
     """Point every optimizer at the new parameters and carry its state over.
 
     Args:
-        optimizers: all optimizers that may hold replaced parameters.
+        optimizers: all optimizers that may hold replaced parameters, or the only one.
         applied: what :func:`~lightning_compressm.surgery.apply.apply_plan` returned.
         policy: ``"transport"`` carries moments through the change of basis, ``"truncate"`` slices
             them by leading index, ``"reset"`` drops them. LBFGS always starts a new history,
@@ -83,7 +84,7 @@ def rebind_optimizers(
         >>> optimizer.param_groups[0]["params"][0] is layer.weight
         True
     """
-    optimizers = list(optimizers)
+    optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     for optimizer in optimizers:
         check_optimizer(optimizer)
     new_states = [_new_states(optimizer, applied, policy) for optimizer in optimizers]
@@ -133,7 +134,7 @@ def _new_states(
         if id(replacement.old) in held and optimizer.state.get(replacement.old)
     }
     if policy == "reset":
-        return {n: s for n in states if (s := _initial_state(optimizer, applied.replaced[n]))}
+        return {n: _initial_state(optimizer, applied.replaced[n], s) for n, s in states.items()}
     if policy == "transport":
         carried = transport_states(applied.replaced, states)
     else:
@@ -143,16 +144,21 @@ def _new_states(
             if (state := truncate_state(applied.replaced[name], old)) is not None
         }
     for name in states.keys() - carried.keys():
-        carried[name] = _initial_state(optimizer, applied.replaced[name])
+        carried[name] = _initial_state(optimizer, applied.replaced[name], states[name])
     return carried
 
 
-def _initial_state(optimizer: Optimizer, replacement: Replacement) -> dict[str, Any]:
-    """Empty for optimizers that fill missing state lazily; Adagrad wants it from the start."""
-    if not isinstance(optimizer, Adagrad):
-        return {}
-    fresh = Adagrad([replacement.new], **optimizer.defaults)
-    return dict(fresh.state[replacement.new])
+def _initial_state(
+    optimizer: Optimizer, replacement: Replacement, old: dict[str, Any]
+) -> dict[str, Any]:
+    """Empty for optimizers that fill missing state lazily; a few want it from the start."""
+    if isinstance(optimizer, Adagrad):
+        fresh = Adagrad([replacement.new], **optimizer.defaults)
+        return dict(fresh.state[replacement.new])
+    if isinstance(optimizer, SGD) and torch.is_tensor(old.get("momentum_buffer")):
+        # Fused SGD does not mix parameters with and without momentum; zero is how it starts.
+        return {"momentum_buffer": torch.zeros_like(replacement.new)}
+    return {}
 
 
 def _swap(optimizer: Optimizer, applied: AppliedSurgery, states: dict[str, dict[str, Any]]) -> None:
@@ -193,7 +199,12 @@ def _held_parameters(optimizer: Optimizer) -> set[str]:
     params = {id(p) for group in optimizer.param_groups for p in group["params"]}
 
     def holds(value: object) -> bool:
-        items = value if isinstance(value, list | tuple) else [value]
+        if isinstance(value, Optimizer):
+            items: Iterable[object] = [p for group in value.param_groups for p in group["params"]]
+        elif isinstance(value, Mapping):
+            items = [*value.keys(), *value.values()]
+        else:
+            items = value if isinstance(value, list | tuple | set) else [value]
         return any(isinstance(item, Tensor) and id(item) in params for item in items)
 
     own = {k: v for k, v in vars(optimizer).items() if k not in ("param_groups", "state")}
