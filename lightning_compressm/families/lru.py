@@ -73,8 +73,11 @@ class LRUFamily(Family):
                 n: p.detach() for n, p in module._parameters.items() if p is not None
             }
             decay, phase, gamma = (double(own[name]).exp() for name in _DIAGONALS)
+            eigenvalues = torch.exp(torch.complex(-decay, phase))
+            # Rounding of the phase must not hide that a radius is one.
+            on_circle = torch.exp(-decay) == 1
             return DiagonalLTI(
-                eigenvalues=torch.exp(torch.complex(-decay, phase)),
+                eigenvalues=torch.where(on_circle, torch.ones_like(eigenvalues), eigenvalues),
                 B=gamma[:, None] * _complex(own, "B"),
                 C=_complex(own, "C"),
                 real_output=True,

@@ -1,0 +1,144 @@
+"""Finding SSM layers, choosing among them, and watching the lengths they process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_compressm import find_ssm_layers
+from lightning_compressm.discovery import LengthRecorder, select_layers
+from lightning_compressm.errors import UnsupportedLayerError
+from lightning_compressm.families.lru import LRUFamily
+from lightning_compressm.nn import LRU
+from tests.families.layers import PortedLRU
+
+
+def _model() -> nn.ModuleDict:
+    return nn.ModuleDict(
+        {
+            "encoder": nn.Sequential(nn.Linear(2, 2), LRU(2, 8)),
+            "blocks": nn.ModuleList([LRU(2, 4), nn.GELU(), PortedLRU(2, 2, 6)]),
+        }
+    )
+
+
+def test_layers_are_found_in_order_with_what_they_are():
+    model = _model()
+    found = find_ssm_layers(model)
+    assert list(found) == ["encoder.1", "blocks.0", "blocks.2"]
+    assert [layer.state_dim for layer in found.values()] == [8, 4, 6]
+    layer = found["blocks.2"]
+    assert layer.module is model["blocks"][2]
+    assert layer.name == layer.path == "blocks.2"
+    assert isinstance(layer.family, LRUFamily)
+
+
+def test_a_model_can_be_a_layer_or_have_none():
+    assert list(find_ssm_layers(LRU(2, 4))) == [""]
+    assert find_ssm_layers(nn.Linear(2, 2)) == {}
+
+
+def test_the_state_dim_is_read_off_the_tensors():
+    layer = find_ssm_layers(LRU(2, 8))[""]
+    layer.module.load_state_dict(LRU(2, 3).state_dict())
+    assert layer.state_dim == 3
+
+
+def test_a_module_with_two_names_appears_once():
+    layer = LRU(2, 4)
+    assert list(find_ssm_layers(nn.ModuleDict({"a": layer, "b": layer}))) == ["a"]
+
+
+def test_compiled_layers_keep_their_names():
+    model = _model()
+    model["blocks"][0] = torch.compile(model["blocks"][0])
+    found = find_ssm_layers(torch.compile(model))
+    assert list(found) == ["encoder.1", "blocks.0", "blocks.2"]
+    assert found["blocks.0"].path == "_orig_mod.blocks.0._orig_mod"
+    assert type(found["blocks.0"].module) is LRU
+
+
+@pytest.mark.parametrize(
+    ("layers", "ignore", "expected"),
+    [
+        (None, None, ["encoder.1", "blocks.0", "blocks.2"]),
+        (["blocks.*"], None, ["blocks.0", "blocks.2"]),
+        (["blocks.[01]", "encoder.?"], None, ["encoder.1", "blocks.0"]),
+        (None, ["*0"], ["encoder.1", "blocks.2"]),
+        (["blocks.*"], ["*2"], ["blocks.0"]),
+        (("encoder.1",), (), ["encoder.1"]),
+    ],
+)
+def test_patterns(layers: list[str] | None, ignore: list[str] | None, expected: list[str]):
+    assert list(select_layers(_model(), layers, ignore)) == expected
+
+
+@pytest.mark.parametrize("pattern", ["blocks", "BLOCKS.*", "blocks.1", "", "*.3"])
+def test_a_pattern_that_matches_nothing_is_refused(pattern: str):
+    for kwargs in ({"layers": [pattern]}, {"ignore": [pattern]}):
+        with pytest.raises(ValueError, match=r"matches no SSM layer; .* 'encoder\.1'"):
+            select_layers(_model(), **kwargs)
+
+
+@pytest.mark.parametrize("kwargs", [{"ignore": ["*"]}, {"layers": []}])
+def test_choosing_nothing_is_refused(kwargs: dict[str, list[str]]):
+    with pytest.raises(UnsupportedLayerError, match="leave none"):
+        select_layers(_model(), **kwargs)
+
+
+def test_an_ignored_layer_may_share_tensors():
+    model = _model()
+    model["blocks"].append(LRU(2, 8))
+    model["blocks"][3].nu_log = model["encoder"][1].nu_log
+    with pytest.raises(UnsupportedLayerError, match=r"'blocks.3' and 'encoder.1' share some"):
+        select_layers(model)
+    assert "blocks.3" not in select_layers(model, ignore=["blocks.3"])
+
+
+# -- lengths -------------------------------------------------------------------------------------
+
+
+class Twice(nn.Module):
+    """Calls its layer by keyword, on a sequence and on half of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lru = LRU(2, 4)
+        self.unused = LRU(2, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lru(inputs=x).mean() + self.lru(x[:, ::2]).mean()
+
+
+def test_the_longest_sequence_counts():
+    model = Twice()
+    with LengthRecorder(find_ssm_layers(model)) as recorder:
+        for length in (10, 30, 20):
+            model(torch.zeros(2, length, 2))
+    assert recorder.lengths == {"lru": 30}
+    model(torch.zeros(2, 99, 2))
+    assert recorder.lengths == {"lru": 30}
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_closing_twice_is_harmless():
+    recorder = LengthRecorder(find_ssm_layers(Twice()))
+    recorder.close()
+    recorder.close()
+    assert recorder.lengths == {}
+
+
+def test_hooks_go_even_if_the_model_fails():
+    model = Twice()
+    with pytest.raises(ValueError, match="d_model"), LengthRecorder(find_ssm_layers(model)):
+        model(torch.zeros(2, 10, 5))
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_length_dim_is_the_familys(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(LRUFamily, "length_dim", 0)
+    layer = LRU(2, 4)
+    with LengthRecorder(find_ssm_layers(layer)) as recorder:
+        layer(torch.zeros(3, 10, 2))
+    assert recorder.lengths == {"": 3}
