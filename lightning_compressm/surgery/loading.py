@@ -103,12 +103,14 @@ def load_compressed(model: ModuleT, checkpoint: str | PathLike[str] | Mapping[st
     install_resize_hooks(model)
     applied = AppliedSurgery()
     before = deepcopy(model.state_dict())
+    # Copying into tensors without storage would silently leave the model empty.
+    assign = any(t.is_meta for t in (*model.parameters(), *model.buffers()))
     try:
         applied = apply_plan(model, _resize_all_plan(model, state_dict, ""))
-        model.load_state_dict(state_dict)
+        model.load_state_dict(state_dict, assign=assign)
     except Exception as error:
         applied.undo()
-        model.load_state_dict(before)
+        model.load_state_dict(before, assign=assign)
         raise CheckpointError(
             f"the checkpoint does not fit the model, which is left as it was: {error}"
         ) from error

@@ -224,6 +224,20 @@ def test_a_model_that_is_a_layer():
     assert layer.d_state == 4
 
 
+@pytest.mark.parametrize("make", [_net, _port])
+def test_a_model_without_storage_is_filled(make: Any):
+    source = make(4)
+    with torch.device("meta"):
+        model = make(10)
+    assert _same_outputs(load_compressed(model, source.state_dict()), source)
+    with torch.device("meta"):
+        model = make(10)
+    with pytest.raises(CheckpointError):
+        load_compressed(model, {**source.state_dict(), "more": torch.ones(1)})
+    assert all(p.is_meta for p in model.parameters())
+    assert model[1].B_re.shape[0] == 10 if make is _net else model[1].B.shape[0] == 10
+
+
 def test_a_compressed_model_is_read_from_a_file(tmp_path: Path):
     source = _net(10)
     compress(source, state_dim=3)
