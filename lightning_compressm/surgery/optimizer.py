@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, SGD, Adagrad, Optimizer
+from torch.optim import LBFGS, SGD, Optimizer
 
 from lightning_compressm.errors import UnsupportedOptimizerError
 from lightning_compressm.surgery.apply import AppliedSurgery, Replacement
@@ -151,10 +151,7 @@ def _new_states(
 def _initial_state(
     optimizer: Optimizer, replacement: Replacement, old: dict[str, Any]
 ) -> dict[str, Any]:
-    """Empty for optimizers that fill missing state lazily; a few want it from the start."""
-    if isinstance(optimizer, Adagrad):
-        fresh = Adagrad([replacement.new], **optimizer.defaults)
-        return dict(fresh.state[replacement.new])
+    """Empty where the optimizer fills missing state at its next step."""
     if isinstance(optimizer, SGD) and torch.is_tensor(old.get("momentum_buffer")):
         # Fused SGD does not mix parameters with and without momentum; zero is how it starts.
         return {"momentum_buffer": torch.zeros_like(replacement.new)}
