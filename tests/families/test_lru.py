@@ -149,6 +149,8 @@ def _smooth_example(make: Any, order: int, balance: str) -> tuple[dict[str, Tens
     """Gradients of a layer carried to its reduced form, and the reduced form's own."""
     layer = make()
     layer._apply(lambda t: t.to(torch.complex128 if t.is_complex() else torch.float64))
+    with torch.no_grad():  # as after some training: gamma is no longer sqrt(1 - |lambda|^2)
+        layer.gamma_log.add_(0.5 * torch.randn_like(layer.gamma_log))
     x = torch.randn(8, 60, 3, dtype=torch.float64).cumsum(1) / 10
     target = torch.sin(x.sum(-1, keepdim=True))
     (layer(x) - target).square().mean().backward()
