@@ -58,7 +58,7 @@ def apply_proposal(
         >>> layer.d_state
         4
         >>> undo()
-        ... layer.d_state
+        >>> layer.d_state
         16
     """
     applied = apply_plan(model, plan)

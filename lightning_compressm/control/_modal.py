@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from lightning_compressm.control.hankel import Balancing, scaled_projections
 from lightning_compressm.control.system import DiagonalLTI
@@ -53,22 +52,50 @@ class ModalForm:
             right_conj=torch.where(column, self.right, self.right_conj),
         )
 
+    def canonical(self) -> ModalForm:
+        """Fix what eigenvectors leave open, so that rounding can't flip a state or swap two.
+
+        States are sorted by radius, and each is turned until its input row has a real, positive
+        component along a fixed direction. A real row stays real.
+        """
+        order = self.eigenvalues.abs().argsort(descending=True, stable=True)
+        along = self.B[order] @ _directions(1, self.B)[0].real.to(self.B.dtype)
+        size = along.abs()
+        phase = torch.where(size > 0, along / size.clamp(min=torch.finfo(size.dtype).tiny), 1)
+        row = phase.conj().unsqueeze(-1)
+        return replace(
+            self,
+            eigenvalues=self.eigenvalues[order],
+            B=row * self.B[order],
+            C=self.C[:, order] * phase,
+            left=row * self.left[order],
+            left_conj=row * self.left_conj[order],
+            right=self.right[:, order] * phase,
+            right_conj=self.right_conj[:, order] * phase.conj(),
+        )
+
     def padded(self, order: int, original: DiagonalLTI) -> ModalForm:
         """Add states that the output does not see (``C = 0``), but that training can take up."""
         extra = order - self.rank
         if extra <= 0:
             return self
         eigenvalues, b = _spare_states(original, extra)
-        rows, columns = (0, 0, 0, extra), (0, extra)
+
+        def rows(matrix: Tensor) -> Tensor:
+            return torch.cat([matrix, matrix.new_zeros(extra, matrix.shape[1])])
+
+        def columns(matrix: Tensor) -> Tensor:
+            return torch.cat([matrix, matrix.new_zeros(len(matrix), extra)], 1)
+
         return replace(
             self,
             eigenvalues=torch.cat([self.eigenvalues, eigenvalues]),
             B=torch.cat([self.B, b]),
-            C=pad(self.C, columns),
-            left=pad(self.left, rows),
-            left_conj=pad(self.left_conj, rows),
-            right=pad(self.right, columns),
-            right_conj=pad(self.right_conj, columns),
+            C=columns(self.C),
+            left=rows(self.left),
+            left_conj=rows(self.left_conj),
+            right=columns(self.right),
+            right_conj=columns(self.right_conj),
         )
 
 
@@ -197,10 +224,14 @@ def _spare_states(original: DiagonalLTI, count: int) -> tuple[Tensor, Tensor]:
     by_radius = original.eigenvalues[original.eigenvalues.abs().argsort()]
     quantiles = (torch.arange(count, device=by_radius.device) + 0.5) / count * len(by_radius)
     eigenvalues = by_radius[quantiles.long()]
-    entries = torch.arange(1, count * original.n_inputs + 1, device=by_radius.device)
-    phase = 2 * math.pi * (entries.double() * _GOLDEN).frac()
-    b = torch.polar(torch.ones_like(phase), phase).view(count, original.n_inputs)
-    if not bool(original.B.imag.any()):
-        b = b.real.to(b.dtype)
+    b = _directions(count, original.B)
     size = (1 - eigenvalues.abs().square()).sqrt().unsqueeze(-1)
     return eigenvalues, b * size / torch.linalg.vector_norm(b, dim=-1, keepdim=True)
+
+
+def _directions(count: int, b: Tensor) -> Tensor:
+    """``count`` fixed rows in general position like the rows of ``b``, real if ``b`` is real."""
+    entries = torch.arange(1, count * b.shape[1] + 1, device=b.device)
+    phase = 2 * math.pi * (entries.double() * _GOLDEN).frac()
+    rows = torch.polar(torch.ones_like(phase), phase).view(count, b.shape[1])
+    return rows if bool(b.imag.any()) else rows.real.to(rows.dtype)

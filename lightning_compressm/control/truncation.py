@@ -55,6 +55,13 @@ class Reduction:
         horizon: As used: None also if every system fell back.
         balance: As used.
         selection: As used.
+
+    Example:
+        >>> import torch
+        >>> system = DiagonalLTI(torch.tensor([0.9, 0.1]), torch.ones(2, 1), torch.ones(1, 2))
+        >>> reduction = balanced_truncation(system, 1)
+        >>> reduction.system.order, reduction.left.shape, reduction.right.shape
+        (1, torch.Size([1, 2]), torch.Size([2, 1]))
     """
 
     system: DiagonalLTI
@@ -213,7 +220,7 @@ def _reduce(balancing: Balancing, job: _Job) -> tuple[_modal.ModalForm, bool]:
     system = balancing.system
     if job.order == system.order:
         return _modal.identity(system, job.balance), False
-    form = _modal.modal_form(balancing, _select(balancing.sigma, job), job.order)
+    form = _modal.modal_form(balancing, _select(balancing.sigma, job), job.order).canonical()
     form, clamped = _stabilised(form, system, job.horizon)
     form = form.padded(job.order, system)
     return (form if job.balance == "complex" else form.upper()), clamped

@@ -91,6 +91,9 @@ def main(out: Path, cases: list[str]) -> None:
     for case in cases:
         result = run_failing(out) if case == "failing" else run(case, out, devices=2)
         torch.save(result, out / f"{case.replace('/', '-')}.{rank}.pt")
+    if torch.distributed.is_initialized():
+        # Left alive, gloo's threads can abort the interpreter while it exits.
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -136,3 +136,25 @@ def test_maps_of_a_bank_belong_to_its_systems(balance):
         one = DiagonalLTI(system.eigenvalues[index], system.B[index], system.C[index])
         alone = balanced_truncation(one, 2, balance=balance)
         torch.testing.assert_close(together[index], to_new(alone, x_old[index]))
+
+
+@pytest.mark.parametrize("horizon", [None, 12])
+@pytest.mark.parametrize("balance", BALANCES)
+@pytest.mark.parametrize("seed", range(5))
+def test_the_reduced_system_does_not_depend_on_how_the_states_are_written(balance, horizon, seed):
+    """Another order, other phases and other scales of the states: the same reduced tensors."""
+    system = random_system(7, 2, 3, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(7, generator=generator)
+    scale = torch.randn(7, generator=generator, dtype=torch.complex128)
+    rewritten = DiagonalLTI(
+        system.eigenvalues[order],
+        (scale.unsqueeze(-1) * system.double().B)[order],
+        (system.double().C / scale)[:, order],
+    )
+    one, other = (
+        balanced_truncation(s, 4, balance=balance, horizon=horizon).system
+        for s in (system, rewritten)
+    )
+    for name in ("eigenvalues", "B", "C"):
+        torch.testing.assert_close(getattr(other, name), getattr(one, name), rtol=1e-8, atol=1e-9)
