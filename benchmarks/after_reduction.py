@@ -44,6 +44,7 @@ STATE_DIM = 128
 D_MODEL = 16
 PUBLISHED = "complex, infinite (published)"
 DEFAULT = "default of the package"
+TARGET_DIM = 16
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Settings:
         steps: Optimizer steps of every training.
         state_dims: Numbers of states to cut to.
         output: Where weights and results go.
+        target: Most points of accuracy that the default may lose at `TARGET_DIM` states.
     """
 
     task: TaskName = "digits"
@@ -63,6 +65,7 @@ class Settings:
     steps: int = TASKS["digits"].steps
     state_dims: tuple[int, ...] = (16, 8, 32)
     output: Path = Path("results")
+    target: float | None = None
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,15 @@ def make_rows(cuts: Iterable[Cut]) -> list[tuple[str, ...]]:
     ]
 
 
+def points_lost(cuts: Iterable[Cut], recipe: str, state_dim: int) -> float:
+    """Points of mean test accuracy between the networks as trained and cut to `state_dim`."""
+    accuracy: dict[int, list[float]] = {STATE_DIM: [], state_dim: []}
+    for cut in cuts:
+        if (cut.recipe == recipe and cut.state_dim == state_dim) or cut.state_dim == STATE_DIM:
+            accuracy[cut.state_dim].append(cut.accuracy)
+    return 100 * (mean(accuracy[STATE_DIM]) - mean(accuracy[state_dim]))
+
+
 def print_table(rows: Iterable[tuple[str, ...]], settings: Settings, console: Console) -> None:
     table = Table(title=f"{settings.task}: right after one reduction, on the CPU")
     for name in HEADER:
@@ -225,13 +237,23 @@ def parse(arguments: Iterable[str] | None = None) -> Settings:
     parser.add_argument("--steps", type=int, help="steps of every training (by task)")
     parser.add_argument("--states", type=int, nargs="+", default=list(default.state_dims))
     parser.add_argument("--output", type=Path, default=default.output, help="folder for results")
+    parser.add_argument(
+        "--target", type=float, help=f"fail if the default loses more points at {TARGET_DIM} states"
+    )
     options = parser.parse_args(None if arguments is None else list(arguments))
     steps = TASKS[options.task].steps if options.steps is None else options.steps
     for name, values in (("--steps", [steps]), ("--states", options.states)):
         if min(values) < 1:
             parser.error(f"{name} must be at least 1, got {min(values)}")
+    if options.target is not None and TARGET_DIM not in options.states:
+        parser.error(f"--target is about {TARGET_DIM} states; add them to --states")
     return Settings(
-        options.task, tuple(options.seeds), steps, tuple(options.states), options.output
+        options.task,
+        tuple(options.seeds),
+        steps,
+        tuple(options.states),
+        options.output,
+        options.target,
     )
 
 
@@ -246,7 +268,11 @@ def main(arguments: Iterable[str] | None = None) -> int:
     console.print(note(settings))
     for path in write_results(rows, cuts, settings):
         console.print(f"Wrote {path}")
-    return 0
+    if settings.target is None:
+        return 0
+    lost = points_lost(cuts, DEFAULT, TARGET_DIM)
+    console.print(f"the default loses {lost:.1f} points; the target is {settings.target:g}")
+    return int(lost > settings.target)
 
 
 if __name__ == "__main__":

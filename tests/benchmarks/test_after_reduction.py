@@ -79,3 +79,22 @@ def test_accuracy_and_loss() -> None:
     )
     assert accuracy == 0.75
     assert loss == pytest.approx(9.0 / 4, rel=1e-3)
+
+
+@pytest.mark.parametrize(("target", "code"), [("100", 0), ("-100", 1)])
+def test_a_missed_target_fails(
+    target: str, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--seeds", "0", "--steps", "2", "--states", "16", "--output", str(tmp_path)]
+    assert after_reduction.main([*small, "--target", target]) == code
+    assert f"the target is {target}" in capsys.readouterr().out
+
+
+def test_points_lost_are_those_of_the_recipe_and_size() -> None:
+    made = [
+        Cut(0, "", after_reduction.STATE_DIM, 0.9, 0.0),
+        Cut(0, "a", 16, 0.8, 0.0),
+        Cut(0, "b", 16, 0.1, 0.0),
+        Cut(0, "a", 8, 0.2, 0.0),
+    ]
+    assert after_reduction.points_lost(made, "a", 16) == pytest.approx(10.0)
