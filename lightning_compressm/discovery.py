@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -154,9 +153,8 @@ class LengthRecorder:
 
     def _hook(self, layer: SSMLayer) -> Any:
         def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            tensors = [t for t in (*args, *kwargs.values()) if torch.is_tensor(t)]
-            if tensors and tensors[0].ndim >= 2:
-                length = int(tensors[0].shape[layer.family.length_dim])
+            length = layer.family.sequence_length(args, kwargs)
+            if length is not None:
                 self.lengths[layer.name] = max(length, self.lengths.get(layer.name, 0))
 
         return record

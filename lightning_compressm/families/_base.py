@@ -82,6 +82,13 @@ class Family(ABC):
             if getattr(module, name, None) == old and not _is_computed(module, name)
         }
 
+    def sequence_length(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+        """How many steps a call of the layer processes, or ``None`` if its arguments don't say."""
+        tensors = [t for t in (*args, *kwargs.values()) if torch.is_tensor(t)]
+        if tensors and tensors[0].ndim >= 2:
+            return int(tensors[0].shape[self.length_dim])
+        return None
+
     def state_dim(self, module: nn.Module) -> int:
         """The current state dimension N."""
         name, dim = next(iter(self.state_axes(module).items()))
