@@ -16,7 +16,7 @@ from lightning_compressm.nn._two_level import (
     shifted_product,
 )
 
-__all__ = ["fused_lru"]
+__all__ = ["fused_diagonal", "fused_lru"]
 
 # Up to this many channels BLAS is up to twice as fast on the transposed, wide result.
 _NARROW = 8
@@ -52,10 +52,31 @@ def fused_lru(
     return outputs
 
 
+def fused_diagonal(
+    inputs: Tensor,
+    real: Tensor,
+    imag: Tensor,
+    input_weight: Tensor,
+    output_weight: Tensor,
+    feedthrough: Tensor,
+) -> Tensor:
+    """The same for eigenvalues given by their real and imaginary parts, (N,) each."""
+    outputs: Tensor = _apply_cartesian(inputs, real, imag, input_weight, output_weight, feedthrough)
+    return outputs
+
+
+# Complex numbers only in here: torch.compile can't generate code for them.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _apply(inputs: Tensor, decay: Tensor, phase: Tensor, *weights: Tensor) -> Any:
-    # Complex numbers only in here: torch.compile can't generate code for them.
-    tensors = (inputs, torch.complex(-decay, phase).exp(), *weights)
+    return _run(inputs, torch.complex(-decay, phase).exp(), *weights)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _apply_cartesian(inputs: Tensor, real: Tensor, imag: Tensor, *weights: Tensor) -> Any:
+    return _run(inputs, torch.complex(real, imag), *weights)
+
+
+def _run(*tensors: Tensor) -> Any:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return _FusedLRU.apply(*tensors)
     return _forward(*tensors, keep_states=False)[0]

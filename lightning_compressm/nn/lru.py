@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lightning_compressm.nn._checks import check_dtype, check_inputs, check_size, check_state
 from lightning_compressm.nn._fused import fused_lru
 from lightning_compressm.nn._two_level import full_precision
 from lightning_compressm.surgery.loading import resize_on_load
@@ -122,9 +123,7 @@ class LRU(nn.Module):
             TypeError: ``inputs`` is not a real floating-point tensor.
             ValueError: ``inputs`` has another shape, or no steps.
         """
-        self._check_inputs(inputs, "(batch, L, d_model)")
-        if inputs.shape[1] == 0:
-            raise ValueError(f"LRU needs at least one step, got shape {tuple(inputs.shape)}")
+        check_inputs("LRU", inputs, "(batch, L, d_model)", self.d_model)
         with full_precision(inputs.device):
             weights = self._weights(self._compute_dtype(inputs))
             outputs = fused_lru(inputs.to(weights[0].dtype), *self._decay_and_phase(), *weights)
@@ -144,15 +143,8 @@ class LRU(nn.Module):
             TypeError: ``inputs`` is not real floating-point, or ``state`` is not complex.
             ValueError: a shape does not fit.
         """
-        self._check_inputs(inputs, "(batch, d_model)")
-        expected = (inputs.shape[0], self.nu_log.shape[0])
-        if state.shape != expected:
-            raise ValueError(
-                f"state must have shape (batch, N) = {expected}, got {tuple(state.shape)}; "
-                "start from initial_state(batch), also after the layer was reduced"
-            )
-        if not state.is_complex():
-            raise TypeError(f"state must be complex, got {state.dtype}; use initial_state(batch)")
+        check_inputs("LRU", inputs, "(batch, d_model)", self.d_model)
+        check_state(state, "(batch, N)", (inputs.shape[0], self.nu_log.shape[0]))
         with full_precision(inputs.device):
             dtype = self._compute_dtype(inputs)
             to_state, to_output, feedthrough = self._weights(dtype)
@@ -189,15 +181,6 @@ class LRU(nn.Module):
         C = torch.stack((self.C_re.to(dtype), -self.C_im.to(dtype)), 2)
         return B.flatten(1), C.flatten(1), self.D.to(dtype)
 
-    def _check_inputs(self, inputs: Tensor, expected: str) -> None:
-        if not inputs.is_floating_point():
-            raise TypeError(f"LRU needs real floating-point inputs, got {inputs.dtype}")
-        if inputs.ndim != expected.count(",") + 1 or inputs.shape[-1] != self.d_model:
-            raise ValueError(
-                f"LRU needs inputs of shape {expected} with d_model = {self.d_model}, "
-                f"got {tuple(inputs.shape)}"
-            )
-
 
 def _normal(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, device="cpu")
@@ -211,16 +194,10 @@ def _check_arguments(
     max_phase: float,
     dtype: torch.dtype | None,
 ) -> None:
-    _check_size("d_model", d_model)
-    _check_size("d_state", d_state)
+    check_size("d_model", d_model)
+    check_size("d_state", d_state)
+    check_dtype(dtype)
     if not 0 <= r_min < r_max < 1:
         raise ValueError(f"radii must satisfy 0 <= r_min < r_max < 1, got {r_min} and {r_max}")
     if not 0 < max_phase <= math.tau:
         raise ValueError(f"max_phase must lie in (0, 2 pi] radians, got {max_phase}")
-    if dtype is not None and not dtype.is_floating_point:
-        raise TypeError(f"dtype must be a real floating-point type, got {dtype}")
-
-
-def _check_size(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
