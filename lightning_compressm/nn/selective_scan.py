@@ -91,8 +91,8 @@ def selective_scan(
         if initial_state is None:
             initial_state = u.new_zeros(batch, dim, states)
         read, last = selective_recurrence(
-            _time_first(u).unflatten(2, split),
-            _time_first(dt).unflatten(2, split),
+            _time_first(u, split),
+            _time_first(dt, split),
             A.to(dtype).contiguous().view(*split, states),
             _per_group(B.to(dtype), groups),
             _per_group(C.to(dtype), groups),
@@ -107,8 +107,9 @@ def selective_scan(
     return (y, last.flatten(1, 2)) if return_last_state else y
 
 
-def _time_first(sequence: Tensor) -> Tensor:
-    return sequence.permute(2, 0, 1).contiguous()
+def _time_first(sequence: Tensor, split: tuple[int, int]) -> Tensor:
+    ordered = sequence.permute(2, 0, 1).contiguous()
+    return ordered.view(*ordered.shape[:2], *split)
 
 
 def _per_group(matrix: Tensor, groups: int) -> Tensor:
