@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_compressm"
 NAME = "lightning_compressm"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-PARTS = ("control", "nn", "families", "surgery", "callbacks")
+PARTS = ("control", "nn", "families", "surgery", "compat", "callbacks")
 MAX_LINES = 400
 
 # Scripts outside this repository call these names: removing one breaks them.
@@ -35,7 +35,8 @@ PUBLIC = {
         "load_compressed",
         "register_family",
     },
-    ".nn": {"LRU", "linear_recurrence"},
+    ".nn": {"LRU", "S4D", "S5", "linear_recurrence", "selective_scan"},
+    ".compat": {"enable_fast_mamba_cpu", "enable_mamba_ssm_cpu"},
     ".control": {
         "DiagonalLTI",
         "balanced_truncation",
@@ -185,7 +186,8 @@ def test_import_is_light():
     """Nothing optional is imported, and Lightning only with the first callback that is named."""
     optional = ["mamba_ssm", "transformers", "matplotlib", "sklearn", "rich", "jsonargparse"]
     code = (
-        f"import json, sys; import {NAME}, {NAME}.control, {NAME}.nn; from {NAME} import Family;"
+        f"import json, sys; import {NAME}, {NAME}.control, {NAME}.nn, {NAME}.compat;"
+        f"from {NAME} import Family;"
         f"heavy = [m for m in {['lightning', *optional]!r} if m in sys.modules];"
         f"from {NAME} import CompreSSMCallback;"
         "print(json.dumps([heavy, 'lightning' in sys.modules]))"
