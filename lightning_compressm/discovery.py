@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_compressm.errors import UnsupportedLayerError
-from lightning_compressm.families import Family, find_family, registered_families
-from lightning_compressm.families._base import tensor_of
+from lightning_compressm.families import find_family, registered_families
+from lightning_compressm.families._base import FamilyBase, tensor_of
 
 __all__ = ["LengthRecorder", "SSMLayer", "find_ssm_layers", "select_layers"]
 
@@ -37,7 +37,7 @@ class SSMLayer:
     name: str
     path: str
     module: nn.Module
-    family: Family
+    family: FamilyBase
 
     @property
     def state_dim(self) -> int:

@@ -13,31 +13,27 @@ from lightning_compressm.control import DiagonalLTI, Reduction
 from lightning_compressm.surgery.apply import refuse_parametrized
 from lightning_compressm.surgery.plan import MomentRule, Refill, SurgeryPlan, TensorEdit
 
-__all__ = ["Family"]
+__all__ = ["Family", "FamilyBase"]
 
 
-class Family(ABC):
-    """One SSM architecture. Subclass it and :func:`register_family` it to support a layer.
-
-    A family never imports the package whose layers it knows: it matches by structure or by
-    qualified class name. Four methods are needed: :meth:`matches`, :meth:`state_axes`,
-    :meth:`system` and :meth:`write`; :meth:`example` makes the contract tests pick it up.
+class FamilyBase(ABC):
+    """What every SSM architecture has in common; subclass :class:`Family` for your own layer.
 
     Attributes:
         name: short name, shown in tables and histories.
+        layers: whose layers these are, for the table of supported layers.
         state_dim_attributes: integer attributes that follow the state dimension where a layer has
             them and they equal the old one.
         length_dim: which dimension of the layer's input is time.
 
     Example:
-        >>> import torch
-        >>> from lightning_compressm.families import find_family
-        >>> from lightning_compressm.nn import LRU
-        >>> find_family(LRU(4, 8)).name
-        'LRU'
+        >>> from lightning_compressm.families import registered_families
+        >>> isinstance(registered_families()["LRU"], FamilyBase)
+        True
     """
 
     name: ClassVar[str]
+    layers: ClassVar[str] = ""
     state_dim_attributes: ClassVar[tuple[str, ...]] = (
         "d_state",
         "state_dim",
@@ -55,23 +51,19 @@ class Family(ABC):
     def state_axes(self, module: nn.Module) -> dict[str, int]:
         """Names of the parameters and buffers that have a state dimension -> which one it is."""
 
-    @abstractmethod
-    def system(self, module: nn.Module) -> DiagonalLTI:
-        """The layer as a linear time-invariant system, on the layer's device."""
-
-    @abstractmethod
-    def write(self, module: nn.Module, system: DiagonalLTI) -> dict[str, Tensor]:
-        """The layer's tensors (all names of :meth:`state_axes`) that realise ``system``."""
-
     def example(self, d_state: int = 8) -> tuple[nn.Module, Tensor]:
         """A small layer of this family and an input for it, for the contract tests."""
         raise NotImplementedError(f"{type(self).__name__} ships no example layer")
 
-    def moment_rules(
-        self, module: nn.Module, reduction: Reduction, values: Mapping[str, Tensor]
-    ) -> dict[str, MomentRule]:
-        """How optimizer moments of each tensor follow; the default refills them."""
-        return {name: Refill() for name in values}
+    def refuse(self, module: nn.Module) -> None:
+        """Raise ``UnsupportedLayerError`` if ``module`` is one that can't be reduced safely."""
+
+    def sequence_length(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+        """Steps of the sequence in a call of the layer; ``None`` if the call does not tell."""
+        tensors = [t for t in (*args, *kwargs.values()) if torch.is_tensor(t)]
+        if not tensors or tensors[0].ndim < 2:
+            return None
+        return int(tensors[0].shape[self.length_dim])
 
     def attributes(self, module: nn.Module, state_dim: int) -> dict[str, Any]:
         """Attributes of the layer that follow the state dimension, with their new values."""
@@ -82,25 +74,77 @@ class Family(ABC):
             if getattr(module, name, None) == old and not _is_computed(module, name)
         }
 
-    def sequence_length(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-        """How many steps a call of the layer processes, or ``None`` if its arguments don't say."""
-        tensors = [t for t in (*args, *kwargs.values()) if torch.is_tensor(t)]
-        if tensors and tensors[0].ndim >= 2:
-            return int(tensors[0].shape[self.length_dim])
-        return None
-
     def state_dim(self, module: nn.Module) -> int:
         """The current state dimension N."""
         name, dim = next(iter(self.state_axes(module).items()))
-        return int(_shape_source(module, name).shape[dim])
+        return int(shape_source(module, name).shape[dim])
 
     def state_dim_in(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> int | None:
         """The state dimension of a saved layer, or ``None`` if its tensors are not there."""
         for name, dim in self.state_axes(module).items():
             saved = tensors.get(name)
-            if saved is not None and saved.ndim == _shape_source(module, name).ndim:
+            if saved is not None and saved.ndim == shape_source(module, name).ndim:
                 return int(saved.shape[dim])
         return None
+
+    def entries(self, module: nn.Module, index: Tensor) -> dict[str, tuple[int, Tensor]]:
+        """Which entries of each tensor belong to the states in ``index``, shape (r,).
+
+        Returns:
+            Tensor name -> dimension, and indices along it that leave these states (and all that
+            belongs to no state).
+        """
+        return {name: (dim, index) for name, dim in self.state_axes(module).items()}
+
+    def resize_plan(self, module: nn.Module, state_dim: int) -> SurgeryPlan:
+        """The plan that gives ``module`` another state dimension before weights are loaded.
+
+        Only the shapes matter: leading states are kept, new ones repeat the last.
+        """
+        index = torch.arange(state_dim).clamp_(max=self.state_dim(module) - 1)
+        edits = {}
+        for name, (dim, entries) in self.entries(module, index).items():
+            tensor = tensor_of(module, name).detach()
+            edits[name] = TensorEdit(tensor.index_select(dim, entries.to(tensor.device)))
+        return SurgeryPlan(edits, self.attributes(module, state_dim))
+
+
+class Family(FamilyBase):
+    """One linear time-invariant SSM architecture, read and written as a diagonal system.
+
+    Subclass it and :func:`register_family` it to support a layer. A family never imports the
+    package whose layers it knows: it matches by structure or by qualified class name. Four methods
+    are needed: :meth:`matches`, :meth:`state_axes`, :meth:`system` and :meth:`write`;
+    :meth:`example` makes the contract tests pick it up.
+
+    Attributes:
+        name: short name, shown in tables and histories.
+        layers: whose layers these are, for the table of supported layers.
+        state_dim_attributes: integer attributes that follow the state dimension where a layer has
+            them and they equal the old one.
+        length_dim: which dimension of the layer's input is time.
+
+    Example:
+        >>> import torch
+        >>> from lightning_compressm.families import find_family
+        >>> from lightning_compressm.nn import LRU
+        >>> find_family(LRU(4, 8)).name
+        'LRU'
+    """
+
+    @abstractmethod
+    def system(self, module: nn.Module) -> DiagonalLTI:
+        """The layer as a linear time-invariant system, on the layer's device."""
+
+    @abstractmethod
+    def write(self, module: nn.Module, system: DiagonalLTI) -> dict[str, Tensor]:
+        """The layer's tensors (all names of :meth:`state_axes`) that realise ``system``."""
+
+    def moment_rules(
+        self, module: nn.Module, reduction: Reduction, values: Mapping[str, Tensor]
+    ) -> dict[str, MomentRule]:
+        """How optimizer moments of each tensor follow; the default refills them."""
+        return {name: Refill() for name in values}
 
     def reduction_plan(self, module: nn.Module, reduction: Reduction) -> SurgeryPlan:
         """The plan that turns ``module`` into its reduced self."""
@@ -111,18 +155,6 @@ class Family(ABC):
             for name, value in values.items()
         }
         return SurgeryPlan(edits, self.attributes(module, reduction.system.order))
-
-    def resize_plan(self, module: nn.Module, state_dim: int) -> SurgeryPlan:
-        """The plan that gives ``module`` another state dimension before weights are loaded.
-
-        Only the shapes matter: leading entries are kept, new ones repeat the last.
-        """
-        edits = {}
-        for name, dim in self.state_axes(module).items():
-            tensor = tensor_of(module, name).detach()
-            index = torch.arange(state_dim, device=tensor.device).clamp_(max=tensor.shape[dim] - 1)
-            edits[name] = TensorEdit(tensor.index_select(dim, index))
-        return SurgeryPlan(edits, self.attributes(module, state_dim))
 
 
 def _is_computed(module: nn.Module, name: str) -> bool:
@@ -144,10 +176,17 @@ def tensor_of(module: nn.Module, name: str) -> Tensor:
     """
     path, _, key = name.rpartition(".")
     refuse_parametrized(module.get_submodule(path), key)
-    return _shape_source(module, name)
+    return shape_source(module, name)
 
 
-def _shape_source(module: nn.Module, name: str) -> Tensor:
+def shape_source(module: nn.Module, name: str) -> Tensor:
+    """The tensor with a dotted name, or what a parametrization computes in its place.
+
+    Example:
+        >>> from torch import nn
+        >>> shape_source(nn.Linear(2, 3), "weight").shape
+        torch.Size([3, 2])
+    """
     path, _, key = name.rpartition(".")
     tensor: Tensor = getattr(module.get_submodule(path), key)
     return tensor

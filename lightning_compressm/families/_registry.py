@@ -10,16 +10,16 @@ from typing import TypeVar
 
 from torch import nn
 
-from lightning_compressm.families._base import Family
+from lightning_compressm.families._base import FamilyBase
 
 __all__ = ["ENTRY_POINT_GROUP", "find_family", "register_family", "registered_families"]
 
 ENTRY_POINT_GROUP = "lightning_compressm.families"
 """Packages announce families of theirs under this entry point group."""
 
-FamilyT = TypeVar("FamilyT", bound=Family)
+FamilyT = TypeVar("FamilyT", bound=FamilyBase)
 
-_families: dict[str, Family] = {}
+_families: dict[str, FamilyBase] = {}
 
 
 def register_family(family: type[FamilyT]) -> type[FamilyT]:
@@ -41,7 +41,7 @@ def register_family(family: type[FamilyT]) -> type[FamilyT]:
         True
     """
     given: object = family
-    if not (isinstance(given, type) and issubclass(given, Family)):
+    if not (isinstance(given, type) and issubclass(given, FamilyBase)):
         raise TypeError(f"expected a subclass of Family, got {family!r}.")
     if missing := sorted(getattr(family, "__abstractmethods__", ())):
         raise TypeError(f"{family.__name__} lacks {', '.join(missing)}; see Family's docstring.")
@@ -52,7 +52,7 @@ def register_family(family: type[FamilyT]) -> type[FamilyT]:
     return family
 
 
-def registered_families() -> dict[str, Family]:
+def registered_families() -> dict[str, FamilyBase]:
     """Name -> family, in the order in which they registered.
 
     Example:
@@ -63,7 +63,7 @@ def registered_families() -> dict[str, Family]:
     return dict(_families)
 
 
-def find_family(module: nn.Module) -> Family | None:
+def find_family(module: nn.Module) -> FamilyBase | None:
     """The family that knows ``module``, or ``None``.
 
     Example:
