@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from lightning_compressm.control import DiagonalLTI, Reduction
 from lightning_compressm.families._base import Family, double, tensor_of
+from lightning_compressm.families._matrices import matrix_rules, matrix_values
 from lightning_compressm.families._registry import register_family
-from lightning_compressm.surgery.plan import Combine, Contract, MomentRule, Refill
+from lightning_compressm.surgery.plan import Contract, MomentRule, Refill
 
 __all__ = ["LRUFamily"]
 
@@ -95,10 +96,7 @@ class LRUFamily(Family):
             "gamma_log": torch.log(gamma),
         }
         for name, matrix in (("B", system.B / gamma[:, None]), ("C", system.C)):
-            if self._is_split(module):
-                values |= {f"{name}_re": matrix.real, f"{name}_im": matrix.imag}
-            else:
-                values[name] = matrix
+            values |= matrix_values(name, matrix, split=self._is_split(module))
         return values
 
     def moment_rules(
@@ -109,9 +107,10 @@ class LRUFamily(Family):
         ratio = _gain(reduction.system)[:, None] / old[None, :]
         into_b = (ratio * reduction.right.mH, ratio * reduction.right_conj.mT)
         into_c = (reduction.left.conj(), reduction.left_conj.conj())
+        split = self._is_split(module)
         rules: dict[str, MomentRule] = {"nu_log": Refill(), "theta_log": Refill()}
-        rules |= self._matrix_rules(module, "B", 0, into_b)
-        rules |= self._matrix_rules(module, "C", 1, into_c)
+        rules |= matrix_rules("B", 0, *into_b, split=split)
+        rules |= matrix_rules("C", 1, *into_c, split=split)
         rules["gamma_log"] = Contract(1, self._parts_of_b(module, values))
         return rules
 
@@ -128,19 +127,6 @@ class LRUFamily(Family):
         from lightning_compressm.nn import LRU
 
         return LRU(4, d_state), torch.randn(2, 12, 4)
-
-    def _matrix_rules(
-        self, module: nn.Module, name: str, dim: int, maps: tuple[Tensor, Tensor]
-    ) -> dict[str, MomentRule]:
-        linear, conjugate = maps
-        plus, minus = linear + conjugate, linear - conjugate
-        split = self._is_split(module)
-        re, im = (f"{name}_re", f"{name}_im") if split else (f"{name}:re", f"{name}:im")
-        real = {re: plus.real, im: -minus.imag}
-        imag = {re: plus.imag, im: minus.real}
-        if split:
-            return {re: Combine(dim, {"": real}), im: Combine(dim, {"": imag})}
-        return {name: Combine(dim, {":re": real, ":im": imag})}
 
     def _parts_of_b(self, module: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self._is_split(module):

@@ -160,7 +160,8 @@ class S4D(nn.Module):
         with full_precision(inputs.device):
             dtype = self._compute_dtype(inputs)
             u = inputs.to(dtype)
-            outputs = _convolve(u, self._kernel(u.shape[1], dtype)) + self.D.to(dtype) * u
+            convolved: Tensor = _convolve(u, self._kernel(u.shape[1], dtype))
+            outputs = convolved + self.D.to(dtype) * u
         return outputs.to(inputs.dtype)
 
     def step(self, inputs: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -274,7 +275,7 @@ def _convolve(inputs: Tensor, kernel: Tensor) -> Tensor:
     if batch == 0:
         return inputs * kernel.sum(1)  # FFT libraries refuse empty batches
     size = _fast_size(2 * length - 1)
-    spectrum = torch.fft.rfft(inputs.mT, size) * torch.fft.rfft(kernel, size)
+    spectrum = torch.fft.rfft(inputs.mT.contiguous(), size) * torch.fft.rfft(kernel, size)
     outputs: Tensor = torch.fft.irfft(spectrum, size)[..., :length].mT
     return outputs
 

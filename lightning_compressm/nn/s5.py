@@ -113,7 +113,7 @@ class S5(nn.Module):
         # A reduced layer may have a number of states that no longer splits into blocks.
         blocks = self.blocks if states % self.blocks == 0 else 1
         frequencies, vectors = hippo_normal(states // blocks)
-        vectors = torch.block_diag(*[vectors] * blocks)
+        vectors = torch.block_diag(*[vectors] * blocks)  # type: ignore[no-untyped-call]
         B = vectors.mH @ _normal(2 * states, width).to(vectors.dtype) / math.sqrt(width)
         C = _normal(width, 2 * states).to(vectors.dtype) @ vectors / math.sqrt(2 * states)
         low, high = math.log(self.dt_min), math.log(self.dt_max)
