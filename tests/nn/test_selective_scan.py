@@ -14,45 +14,10 @@ from torch import Tensor
 from lightning_compressm.nn import _selective, selective_scan
 from lightning_compressm.nn._dual import state_space_dual
 from tests.nn._reference import relative_error
+from tests.nn._selective_reference import naive_dual, naive_selective
 
 BATCH, DIM, STATES = 2, 4, 3
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
-
-
-def each_channel(matrix: Tensor, batch: int, dim: int, length: int) -> Tensor:
-    """B or C in any of its forms as (batch, dim, N, L)."""
-    if matrix.ndim == 2:
-        return matrix[None, :, :, None].expand(batch, -1, -1, length)
-    if matrix.ndim == 3:
-        matrix = matrix.unsqueeze(1)
-    return matrix.repeat_interleave(dim // matrix.shape[1], 1)
-
-
-def naive_selective(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    initial_state: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The equations, one step after the other, in the widest dtype of the arguments."""
-    batch, dim, length = u.shape
-    B, C = (each_channel(t, batch, dim, length) for t in (B, C))
-    dt = delta if delta_bias is None else delta + delta_bias[:, None]
-    dt = F.softplus(dt) if delta_softplus else dt
-    x = u.new_zeros(batch, dim, A.shape[1]) if initial_state is None else initial_state
-    outputs = []
-    for now, step, b, c in zip(*(t.unbind(-1) for t in (u, dt, B, C)), strict=True):
-        x = torch.exp(step[..., None] * A) * x + (step * now)[..., None] * b
-        outputs.append((x * c).sum(-1))
-    y = torch.stack(outputs, -1)
-    y = y if D is None else y + D[:, None] * u
-    return (y if z is None else y * z * torch.sigmoid(z)), x
 
 
 def arguments(
@@ -272,20 +237,6 @@ def test_refusals(change: dict[str, Tensor], error: type[Exception], words: str)
     given = {n: v.detach().float() for n, v in arguments(8).items()}
     with pytest.raises(error, match=words):
         selective_scan(**{**given, **change})
-
-
-def naive_dual(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, seq_idx: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    B, C = (t.repeat_interleave(x.shape[2] // t.shape[2], 2) for t in (B, C))
-    outputs = []
-    for t in range(x.shape[1]):
-        if seq_idx is not None and t > 0:
-            state = state * (seq_idx[:, t] == seq_idx[:, t - 1])[:, None, None, None]
-        drive = (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
-        state = torch.exp(dt[:, t] * A)[..., None, None] * state + drive
-        outputs.append((state * C[:, t, :, None]).sum(-1))
-    return torch.stack(outputs, 1), state
 
 
 def dual_arguments(length: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
