@@ -1,107 +1,72 @@
-"""Analyse SSM layers: their Hankel singular values, and how many states each one needs."""
+"""What an analysis of an SSM layer gives, whatever its kind, and how many states are kept."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_compressm.control import (
-    DiagonalLTI,
-    constrain_order,
-    hankel_singular_values,
-    order_for_energy,
-    order_for_fraction,
-    per_state_energy,
-)
-from lightning_compressm.discovery import SSMLayer, select_layers
+from lightning_compressm.control import constrain_order, order_for_energy, order_for_fraction
+from lightning_compressm.discovery import SSMLayer
 from lightning_compressm.errors import CompreSSMError
-from lightning_compressm.policy import Balance, BalanceChoice, HorizonChoice, ReductionPolicy
+from lightning_compressm.policy import ReductionPolicy
+from lightning_compressm.surgery.plan import SurgeryPlan
 
-__all__ = ["LayerAnalysis", "analyse_layer", "choose_orders", "measure_spectra", "naming"]
+__all__ = ["Attempt", "LayerAnalysis", "choose_orders", "naming"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """A reduction of one layer that could be carried out, or why there is none.
+
+    Attributes:
+        plan: the change, relative to the layer; ``None`` if the layer has to stay as it is.
+        order: states that are left.
+        energy_kept: share of the Hankel energy kept, in [0, 1].
+        error_bound: bound on the H-infinity norm of the error, ``None`` where no theorem holds.
+        output_error: measured error of the layer's output relative to its size, ``None`` if it was
+            not measured.
+        note: why the layer stays as it is, or what is special about the reduction.
+        balance: the balancing that was used, or the criterion in a selective layer.
+        horizon: the horizon that was used, ``None`` for infinite.
+        seconds: time taken.
+
+    Example:
+        >>> Attempt(plan=None, order=8, note="all states are needed").order
+        8
+    """
+
+    plan: SurgeryPlan | None
+    order: int
+    energy_kept: float = 1.0
+    error_bound: float | None = None
+    output_error: float | None = None
+    note: str = ""
+    balance: str = ""
+    horizon: int | None = None
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
-class LayerAnalysis:
-    """One layer's system and spectrum.
+class LayerAnalysis(ABC):
+    """One layer's spectrum, and how to reduce the layer.
 
     Attributes:
         layer: the layer.
-        system: what it computes.
-        balance: the balancing used, never ``"auto"``.
-        horizon: steps of the Gramians, ``None`` for infinite.
         sigma: HSVs, one for each state, descending: (N,) or (systems, N).
-        seconds: time taken.
+        seconds: time taken by the analysis.
     """
 
     layer: SSMLayer
-    system: DiagonalLTI
-    balance: Balance
-    horizon: int | None
-    sigma: Tensor
+    sigma: Tensor = field(repr=False)
     seconds: float
 
-
-def measure_spectra(
-    model: nn.Module, policy: ReductionPolicy, lengths: Mapping[str, int]
-) -> dict[str, Tensor]:
-    """The spectra that a reduction would be decided on.
-
-    Args:
-        model: any module with SSM layers.
-        policy: which layers, balance and horizon.
-        lengths: layer name -> length of the sequences it processes.
-
-    Returns:
-        Layer name -> HSVs of each state, descending, on the layer's device.
-
-    Raises:
-        UnsupportedLayerError: if the model has no SSM layer.
-        CompreSSMError: for unstable or non-finite layers.
-
-    Example:
-        >>> from lightning_compressm.nn import LRU
-        >>> measure_spectra(LRU(1, 16), ReductionPolicy(), {"": 50})[""].shape
-        torch.Size([16])
-    """
-    layers = select_layers(model, policy.layers, policy.ignore)
-    return {name: analyse_layer(layer, policy, lengths).sigma for name, layer in layers.items()}
-
-
-def analyse_layer(
-    layer: SSMLayer, policy: ReductionPolicy, lengths: Mapping[str, int]
-) -> LayerAnalysis:
-    """Read a layer's system and compute its HSVs.
-
-    Raises:
-        NonFiniteError: if its parameters hold NaN or infinity.
-        UnstableSystemError: if an eigenvalue lies outside the open unit disc.
-    """
-    start = time.perf_counter()
-    with torch.no_grad(), naming(layer):
-        system = layer.family.system(layer.module)
-        system.check()
-        balance = _resolve_balance(policy.balance, system)
-        horizon = _resolve_horizon(policy.horizon, lengths.get(layer.name))
-        sigma = hankel_singular_values(system, balance=balance, horizon=horizon)
-        energy = per_state_energy(sigma, balance)
-    return LayerAnalysis(layer, system, balance, horizon, energy, time.perf_counter() - start)
-
-
-def _resolve_balance(balance: BalanceChoice, system: DiagonalLTI) -> Balance:
-    if balance == "auto":
-        return "real" if system.real_output else "complex"
-    return balance
-
-
-def _resolve_horizon(horizon: HorizonChoice, length: int | None) -> int | None:
-    if isinstance(horizon, str):
-        return length if length is not None and length > 1 else None
-    return horizon
+    @abstractmethod
+    def attempt(self, order: int, policy: ReductionPolicy, seed: int) -> Attempt:
+        """Reduce to ``order`` states, or to the next higher number that keeps the promise."""
 
 
 def choose_orders(analyses: Sequence[LayerAnalysis], policy: ReductionPolicy) -> list[int]:

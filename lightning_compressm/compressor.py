@@ -9,10 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_compressm.analysis import measure_spectra
-from lightning_compressm.discovery import LengthRecorder, SSMLayer, select_layers
-from lightning_compressm.policy import BalanceChoice, HorizonChoice, ReductionPolicy, Selection
-from lightning_compressm.proposal import propose
+from lightning_compressm.discovery import SSMLayer, select_layers
+from lightning_compressm.policy import (
+    DEFAULT_OUTPUT_ERROR,
+    BalanceChoice,
+    HorizonChoice,
+    ReductionPolicy,
+    Selection,
+)
+from lightning_compressm.proposal import measure_spectra, propose
+from lightning_compressm.recording import CallRecorder, Context
 from lightning_compressm.report import CompressionReport
 from lightning_compressm.surgery.apply import apply_plan
 from lightning_compressm.surgery.loading import install_resize_hooks
@@ -88,6 +94,8 @@ def compress(
     balance: BalanceChoice = "auto",
     criterion: str = "auto",
     selection: Selection = "largest",
+    refit: bool = True,
+    max_output_error: float | None = DEFAULT_OUTPUT_ERROR,
     layers: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
     round_to: int = 1,
@@ -103,12 +111,19 @@ def compress(
         fraction: instead, share of the states to drop, in (0, 1).
         state_dim: instead, the dimension to go down to.
         sample: one batch to run the model on (a tensor, a tuple of positional arguments, or a dict
-            of keyword arguments): gives ``horizon="auto"`` the length of the sequences.
+            of keyword arguments), or a list of several: gives ``horizon="auto"`` the length of the
+            sequences, and is the calibration data that selective layers need.
         horizon: steps of time-limited Gramians, ``None`` for infinite, ``"auto"`` for the length
             seen in ``sample`` (infinite without one).
         balance: ``"auto"``, ``"real"``, ``"folded"`` or ``"complex"`` (as published).
-        criterion: only ``"auto"`` so far.
+        criterion: which states of selective layers stay: ``"averaged_lti"``, ``"empirical"``,
+            ``"greedy"``, or the ablations ``"smallest"`` and ``"random"``; ``"auto"`` is the
+            package's choice.
         selection: ``"largest"``, or the ablations ``"smallest"`` and ``"random"``.
+        refit: let the rest of a selective layer make up for the states that go.
+        max_output_error: refuse a cut of a selective layer that changes its output on the sample
+            by more than this share (root mean squares); before that, try with more states.
+            ``None`` for no limit.
         layers: glob patterns of module names to reduce; ``None`` for all.
         ignore: glob patterns of module names to leave alone.
         round_to: round the kept dimension up to a multiple.
@@ -121,7 +136,8 @@ def compress(
 
     Raises:
         ValueError: for contradictory or out-of-range arguments, unknown layer patterns.
-        UnsupportedLayerError: if the model has no SSM layer.
+        UnsupportedLayerError: if the model has no SSM layer, or one that can't be reduced.
+        CalibrationError: if a selective layer was given no ``sample``.
         CompreSSMError: if a layer can't be reduced safely. The model is untouched then.
 
     Source:
@@ -144,14 +160,16 @@ def compress(
         balance=balance,
         criterion=criterion,
         selection=selection,
+        refit=refit,
+        max_output_error=max_output_error,
         layers=layers,
         ignore=ignore,
         round_to=round_to,
         min_state_dim=min_state_dim,
         share_state_dim=share_state_dim,
     )
-    lengths = _measure_lengths(model, select_layers(model, layers, ignore), sample)
-    proposal = propose(model, policy, lengths)
+    context = _run_sample(model, select_layers(model, layers, ignore), sample)
+    proposal = propose(model, policy, context)
     apply_proposal(model, proposal.plan, optimizers)
     install_resize_hooks(model)
     return CompressionReport(proposal.events, proposal.spectra)
@@ -168,16 +186,20 @@ def hankel_spectra(
 
     Args:
         model: any module with SSM layers.
-        sample: one batch; with ``horizon="auto"`` it gives the length of the sequences.
+        sample: one batch, or a list of several: gives ``horizon="auto"`` the length of the
+            sequences, and is the calibration data that selective layers need.
         horizon: steps of time-limited Gramians, ``None`` for infinite.
         balance: as for :func:`compress`. For ``"real"`` the two HSVs of a conjugate pair add up to
             the value of their one complex state.
 
     Returns:
-        Layer name -> float64 tensor, shape (N,), or (systems, N) for a bank of SISO systems.
+        Layer name -> float64 tensor, shape (N,), or (systems, N) for a bank of SISO systems. For
+        selective layers, shape (N,), the values of the time-invariant systems that the layer is on
+        average over the sample.
 
     Raises:
         UnsupportedLayerError: if the model has no SSM layer.
+        CalibrationError: if a selective layer was given no ``sample``.
         CompreSSMError: for unstable or non-finite layers.
 
     Example:
@@ -186,23 +208,23 @@ def hankel_spectra(
         torch.Size([16])
     """
     policy = ReductionPolicy(horizon=horizon, balance=balance)
-    return measure_spectra(model, policy, _measure_lengths(model, select_layers(model), sample))
+    return measure_spectra(model, policy, _run_sample(model, select_layers(model), sample))
 
 
-def _measure_lengths(
-    model: nn.Module, layers: Mapping[str, SSMLayer], sample: Any
-) -> dict[str, int]:
+def _run_sample(model: nn.Module, layers: Mapping[str, SSMLayer], sample: Any) -> Context:
     if sample is None:
-        return {}
+        return Context()
+    batches = sample if isinstance(sample, list) else [sample]
     modes = {module: module.training for module in model.modules()}
     try:
-        with torch.no_grad(), LengthRecorder(layers) as recorder:
+        with torch.no_grad(), CallRecorder(layers, len(batches)) as recorder:
             model.eval()
-            _call(model, sample)
+            for batch in batches:
+                _call(model, batch)
     finally:
         for module, training in modes.items():
             module.training = training
-    return recorder.lengths
+    return Context(recorder.lengths, recorder.inputs)
 
 
 def _call(model: nn.Module, sample: Any) -> None:

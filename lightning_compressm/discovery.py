@@ -1,21 +1,19 @@
-"""Find the SSM layers of a model, and see what lengths of sequence they process."""
+"""Find the SSM layers of a model."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from lightning_compressm.errors import UnsupportedLayerError
 from lightning_compressm.families import find_family, registered_families
 from lightning_compressm.families._base import FamilyBase, tensor_of
 
-__all__ = ["LengthRecorder", "SSMLayer", "find_ssm_layers", "select_layers"]
+__all__ = ["SSMLayer", "find_ssm_layers", "select_layers"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +82,8 @@ def select_layers(
         Module name -> :class:`SSMLayer`.
 
     Raises:
-        UnsupportedLayerError: if nothing is left, or two layers share some of their tensors.
+        UnsupportedLayerError: if nothing is left, two layers share some of their tensors, or a
+            chosen layer is of a kind that can't be reduced.
         ValueError: if a pattern matches no SSM layer.
 
     Example:
@@ -111,53 +110,10 @@ def select_layers(
         raise UnsupportedLayerError(
             f"`layers` and `ignore` leave none of the SSM layers {', '.join(map(repr, found))}."
         )
+    for layer in chosen.values():
+        layer.family.refuse(layer.module)
     _check_sharing(chosen.values())
     return chosen
-
-
-class LengthRecorder:
-    """Records the longest sequence that each layer processes while it is attached.
-
-    Attributes:
-        lengths: layer name -> length in steps.
-
-    Example:
-        >>> import torch
-        >>> from lightning_compressm.nn import LRU
-        >>> layer = LRU(4, 8)
-        >>> with LengthRecorder(find_ssm_layers(layer)) as recorder:
-        ...     _ = layer(torch.zeros(1, 20, 4))
-        >>> recorder.lengths
-        {'': 20}
-    """
-
-    def __init__(self, layers: Mapping[str, SSMLayer]) -> None:
-        self.lengths: dict[str, int] = {}
-        self._handles: list[RemovableHandle] = [
-            layer.module.register_forward_pre_hook(self._hook(layer), with_kwargs=True)
-            for layer in layers.values()
-        ]
-
-    def close(self) -> None:
-        """Detach from all layers."""
-        while self._handles:
-            self._handles.pop().remove()
-
-    def __enter__(self) -> LengthRecorder:
-        """The recorder itself; it is attached from its construction on."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Detach."""
-        self.close()
-
-    def _hook(self, layer: SSMLayer) -> Any:
-        def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            length = layer.family.sequence_length(args, kwargs)
-            if length is not None:
-                self.lengths[layer.name] = max(length, self.lengths.get(layer.name, 0))
-
-        return record
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

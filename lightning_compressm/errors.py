@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "CalibrationError",
     "CheckpointError",
     "CompreSSMError",
     "IllConditionedError",
@@ -45,6 +46,10 @@ class UnsupportedOptimizerError(CompreSSMError, TypeError):
 
 class SurgeryError(CompreSSMError, RuntimeError):
     """A plan does not fit the model; raised before anything is changed, or after undoing it."""
+
+
+class CalibrationError(CompreSSMError, ValueError):
+    """A selective layer can't be analysed without data that went through it."""
 
 
 class CheckpointError(CompreSSMError, RuntimeError):

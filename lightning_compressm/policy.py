@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from lightning_compressm.control.criteria import CRITERIA
+
 __all__ = ["Balance", "BalanceChoice", "HorizonChoice", "ReductionPolicy", "Selection"]
 
 Balance = Literal["real", "folded", "complex"]
@@ -14,6 +16,7 @@ HorizonChoice = int | Literal["auto"] | None
 Selection = Literal["largest", "smallest", "random"]
 
 DEFAULT_TOLERANCE = 0.05
+DEFAULT_OUTPUT_ERROR = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +42,13 @@ class ReductionPolicy:
             of the sequences that the layer was seen to process (infinite if it was not seen).
         selection: ``"largest"`` keeps the states of largest Hankel singular value; the other two
             are ablations.
-        criterion: state importance in selective layers; no such family is supported yet, so only
-            ``"auto"``.
+        criterion: which states of a selective layer stay: a name in
+            :data:`~lightning_compressm.control.criteria.CRITERIA`; ``"auto"`` is the package's
+            choice. Linear layers are balanced and need none.
+        refit: let the rest of a selective layer make up for the states that go.
+        max_output_error: refuse a cut of a selective layer that changes its output on the
+            calibration data by more than this share (root mean squares), after trying with more
+            states; ``None`` for no limit.
 
     Raises:
         ValueError: for more than one target, and for values out of range.
@@ -68,6 +76,8 @@ and fraction=0.5. Keep the one that you mean.
     horizon: HorizonChoice = "auto"
     selection: Selection = "largest"
     criterion: str = "auto"
+    refit: bool = True
+    max_output_error: float | None = DEFAULT_OUTPUT_ERROR
 
     def __post_init__(self) -> None:
         """Refuse what can't be meant, before any model is looked at."""
@@ -89,7 +99,8 @@ and fraction=0.5. Keep the one that you mean.
         check_patterns("ignore", self.ignore)
         check_choice("balance", self.balance, get_args(BalanceChoice))
         check_choice("selection", self.selection, get_args(Selection))
-        check_choice("criterion", self.criterion, ("auto",))
+        check_choice("criterion", self.criterion, ("auto", *CRITERIA))
+        check_limit("max_output_error", self.max_output_error)
         if isinstance(self.horizon, str):
             check_choice("horizon", self.horizon, ("auto",))
         else:
@@ -120,6 +131,18 @@ def check_count(name: str, value: object, *, optional: bool = False, least: int 
         return
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}.")
+
+
+def check_limit(name: str, value: object) -> None:
+    """Raise unless ``value`` is None or a number > 0.
+
+    Example:
+        >>> check_limit("max_output_error", 0.5)
+    """
+    if value is None:
+        return
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        raise ValueError(f"{name}: expected a number > 0 or None, got {value!r}.")
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import math
-import time
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
-from lightning_compressm.analysis import LayerAnalysis, analyse_layer, choose_orders, naming
-from lightning_compressm.control import Reduction, balanced_truncation
+from lightning_compressm.analysis import Attempt, LayerAnalysis, choose_orders
 from lightning_compressm.discovery import SSMLayer, select_layers
-from lightning_compressm.errors import IllConditionedError
+from lightning_compressm.families import Family, SelectiveFamily, model_attributes
+from lightning_compressm.linear import analyse_linear
 from lightning_compressm.policy import ReductionPolicy
+from lightning_compressm.recording import Context
 from lightning_compressm.report import LayerEvent
+from lightning_compressm.selective import analyse_selective
 from lightning_compressm.surgery.plan import SurgeryPlan
 
-__all__ = ["Proposal", "propose"]
+__all__ = ["Proposal", "analyse_layer", "measure_spectra", "propose"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +43,7 @@ class Proposal:
 def propose(
     model: nn.Module,
     policy: ReductionPolicy,
-    lengths: Mapping[str, int] | None = None,
+    context: Context | None = None,
     *,
     seed: int = 0,
 ) -> Proposal:
@@ -54,8 +52,8 @@ def propose(
     Args:
         model: any module with SSM layers.
         policy: how much to remove.
-        lengths: layer name -> length of the sequences it processes, for ``horizon="auto"``.
-        seed: for ``selection="random"``.
+        context: what is known of the data: lengths for ``horizon="auto"``, calibration data.
+        seed: for random selections.
 
     Returns:
         The plan and one event for each layer.
@@ -64,6 +62,7 @@ def propose(
         UnsupportedLayerError: if there is no SSM layer to look at.
         NonFiniteError: if a layer's parameters hold NaN or infinity.
         UnstableSystemError: if a layer has an eigenvalue outside the open unit disc.
+        CalibrationError: for a selective layer without calibration data.
 
     Example:
         >>> import torch
@@ -73,122 +72,107 @@ def propose(
         >>> proposal.events[0].new_state_dim
         4
     """
+    context = context or Context()
     layers, aliases = _split_aliases(select_layers(model, policy.layers, policy.ignore))
-    analyses = [analyse_layer(layer, policy, lengths or {}) for layer in layers]
+    analyses = [analyse_layer(layer, policy, context) for layer in layers]
     attempts = _reduce_layers(analyses, policy, seed)
     plans: list[SurgeryPlan] = []
     events: list[LayerEvent] = []
     for analysis, attempt in zip(analyses, attempts, strict=True):
-        plan, event = _plan_layer(analysis, attempt)
-        events.append(event)
-        plans.append(plan.prefixed(analysis.layer.path))
-        if plan:
-            plans += _alias_plans(analysis.layer, aliases, event.new_state_dim)
+        events.append(_event(analysis, attempt))
+        if attempt.plan is not None:
+            plans.append(attempt.plan.prefixed(analysis.layer.path))
+            plans += _alias_plans(analysis.layer, aliases, attempt.order)
+    plan = SurgeryPlan.merge([*plans, _shared_plan(model, analyses, attempts)])
     spectra = {a.layer.name: a.sigma.cpu() for a in analyses}
-    return Proposal(SurgeryPlan.merge(plans), events, spectra)
+    return Proposal(plan, events, spectra)
 
 
-@dataclass(frozen=True, eq=False)
-class _Attempt:
-    """A reduction, or why there is none."""
+def measure_spectra(
+    model: nn.Module, policy: ReductionPolicy, context: Context | None = None
+) -> dict[str, Tensor]:
+    """The spectra that a reduction would be decided on.
 
-    reduction: Reduction | None
-    reason: str = ""
-    seconds: float = 0.0
+    Args:
+        model: any module with SSM layers.
+        policy: which layers, balance and horizon.
+        context: what is known of the data.
+
+    Returns:
+        Layer name -> HSVs of each state, descending, on the layer's device.
+
+    Raises:
+        UnsupportedLayerError: if the model has no SSM layer.
+        CalibrationError: for a selective layer without calibration data.
+        CompreSSMError: for unstable or non-finite layers.
+
+    Example:
+        >>> from lightning_compressm.nn import LRU
+        >>> measure_spectra(LRU(1, 16), ReductionPolicy(), Context(lengths={"": 50}))[""].shape
+        torch.Size([16])
+    """
+    context = context or Context()
+    layers = select_layers(model, policy.layers, policy.ignore)
+    return {n: analyse_layer(layer, policy, context).sigma for n, layer in layers.items()}
+
+
+def analyse_layer(layer: SSMLayer, policy: ReductionPolicy, context: Context) -> LayerAnalysis:
+    """Analyse one layer as its family asks for."""
+    if isinstance(layer.family, Family):
+        return analyse_linear(layer, layer.family, policy, context.lengths)
+    assert isinstance(layer.family, SelectiveFamily)
+    return analyse_selective(layer, layer.family, policy, context)
 
 
 def _reduce_layers(
     analyses: Sequence[LayerAnalysis], policy: ReductionPolicy, seed: int
-) -> list[_Attempt]:
+) -> list[Attempt]:
     orders = choose_orders(analyses, policy)
-    attempts = [_attempt(a, n, policy, seed) for a, n in zip(analyses, orders, strict=True)]
+    attempts = [a.attempt(n, policy, seed) for a, n in zip(analyses, orders, strict=True)]
     if not policy.share_state_dim:
         return attempts
-    needed: dict[str, int] = defaultdict(int)
-    for analysis, attempt in zip(analyses, attempts, strict=True):
-        order = attempt.reduction.order if attempt.reduction else analysis.layer.state_dim
-        name = analysis.layer.family.name
-        needed[name] = max(needed[name], order)
-    return [
-        attempt
-        if attempt.reduction and attempt.reduction.order == needed[analysis.layer.family.name]
-        else _attempt(analysis, needed[analysis.layer.family.name], policy, seed)
-        for analysis, attempt in zip(analyses, attempts, strict=True)
-    ]
+    # An attempt may need more states than asked for; then its whole family gets them.
+    for _ in range(len(analyses) + 1):
+        needed: dict[str, int] = defaultdict(int)
+        for analysis, attempt in zip(analyses, attempts, strict=True):
+            name = analysis.layer.family.name
+            needed[name] = max(needed[name], attempt.order)
+        wanted = [needed[analysis.layer.family.name] for analysis in analyses]
+        if all(attempt.order == n for attempt, n in zip(attempts, wanted, strict=True)):
+            return attempts
+        attempts = [
+            attempt if attempt.order == n else analysis.attempt(n, policy, seed)
+            for analysis, attempt, n in zip(analyses, attempts, wanted, strict=True)
+        ]
+    raise AssertionError("raising dimensions must end at the present ones")
 
 
-def _attempt(analysis: LayerAnalysis, order: int, policy: ReductionPolicy, seed: int) -> _Attempt:
-    start = time.perf_counter()
-    try:
-        with torch.no_grad(), naming(analysis.layer):
-            reduction = _reduce_within(analysis, order, policy, seed)
-    except IllConditionedError as error:
-        warnings.warn(f"layer left as it is: {error}", stacklevel=2)
-        return _Attempt(None, str(error))
-    if reduction is None:
-        old = analysis.layer.state_dim
-        return _Attempt(None, f"{min(order, old)} or more of {old} states are needed")
-    return _Attempt(reduction, seconds=time.perf_counter() - start)
-
-
-def _reduce_within(
-    analysis: LayerAnalysis, order: int, policy: ReductionPolicy, seed: int
-) -> Reduction | None:
-    """The reduction to ``order``, or to the next higher one that keeps the promised energy.
-
-    A complex state holds two real ones only if its poles come as a conjugate pair, so a system
-    with real poles may need more states than its spectrum says. ``None`` if too few states go.
-    """
-    n = analysis.layer.state_dim
-    largest = min(n - 1, math.floor(n * (1 - policy.min_reduction) + 1e-9))
-    promised = 0.0 if policy.tolerance is None else 1 - policy.tolerance
-    for candidate in range(order, largest + 1, policy.round_to):
-        reduction = _reduce(analysis, candidate, policy, seed)
-        enough = float(reduction.energy_kept.mean()) >= promised - 1e-9
-        # A spectrum of another horizon, and the ablations, promise nothing.
-        comparable = reduction.horizon == analysis.horizon and policy.selection == "largest"
-        if enough or not comparable:
-            return reduction
-    return None
-
-
-def _reduce(analysis: LayerAnalysis, order: int, policy: ReductionPolicy, seed: int) -> Reduction:
-    generator = torch.Generator().manual_seed(seed) if policy.selection == "random" else None
-    return balanced_truncation(
-        analysis.system,
-        order,
-        balance=analysis.balance,
-        horizon=analysis.horizon,
-        selection=policy.selection,
-        generator=generator,
-    )
-
-
-def _plan_layer(analysis: LayerAnalysis, attempt: _Attempt) -> tuple[SurgeryPlan, LayerEvent]:
-    layer, reduction = analysis.layer, attempt.reduction
-    skipped = LayerEvent(
+def _event(analysis: LayerAnalysis, attempt: Attempt) -> LayerEvent:
+    layer = analysis.layer
+    return LayerEvent(
         layer=layer.name,
         family=layer.family.name,
-        action="skip",
+        action="skip" if attempt.plan is None else "reduce",
         old_state_dim=layer.state_dim,
-        new_state_dim=layer.state_dim,
+        new_state_dim=attempt.order,
+        energy_kept=attempt.energy_kept,
+        error_bound=attempt.error_bound,
+        output_error=attempt.output_error,
         seconds=analysis.seconds + attempt.seconds,
-        reason=attempt.reason,
-        balance=analysis.balance,
-        horizon=analysis.horizon,
+        reason=attempt.note,
+        balance=attempt.balance,
+        horizon=attempt.horizon,
     )
-    if reduction is None:
-        return SurgeryPlan(), skipped
-    with torch.no_grad(), naming(layer):
-        plan = layer.family.reduction_plan(layer.module, reduction)
-    return plan, replace(
-        skipped,
-        action="reduce",
-        new_state_dim=reduction.order,
-        energy_kept=float(reduction.energy_kept.mean()),
-        error_bound=None if reduction.bound is None else float(reduction.bound.max()),
-        horizon=reduction.horizon,
-    )
+
+
+def _shared_plan(
+    model: nn.Module, analyses: Sequence[LayerAnalysis], attempts: Sequence[Attempt]
+) -> SurgeryPlan:
+    """Attributes of the model itself, such as a config's, that follow its layers."""
+    orders = {a.layer.path: t.order for a, t in zip(analyses, attempts, strict=True)}
+    if all(attempt.plan is None for attempt in attempts):
+        return SurgeryPlan()
+    return SurgeryPlan({}, model_attributes(model, orders))
 
 
 def _tensor_ids(layer: SSMLayer) -> frozenset[int]:

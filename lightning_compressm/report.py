@@ -27,9 +27,11 @@ class LayerEvent:
         energy_kept: share of the Hankel energy (sum of HSVs) kept, in [0, 1].
         error_bound: 2 * sum(discarded HSVs), a bound on the H-infinity norm of the layer's error;
             ``None`` where no theorem holds (time-limited Gramians, ablations).
+        output_error: measured error of a selective layer's output on the calibration data, relative
+            to its size (root mean squares); ``None`` where it was not measured.
         seconds: time of the analysis.
-        reason: why a layer was skipped, else empty.
-        balance: the balancing that was used.
+        reason: why a layer was skipped, or kept more states than asked for; else empty.
+        balance: the balancing that was used; for a selective layer the criterion.
         horizon: the horizon that was used, ``None`` for infinite.
         step: optimizer steps done before it.
         epoch: epoch in which it happened.
@@ -47,6 +49,7 @@ class LayerEvent:
     action: Literal["reduce", "skip", "rollback"] = "reduce"
     energy_kept: float = 1.0
     error_bound: float | None = None
+    output_error: float | None = None
     seconds: float = 0.0
     reason: str = ""
     balance: str = ""

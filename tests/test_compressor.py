@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn, optim
 
-from lightning_compressm import compress, hankel_spectra, load_compressed, proposal, register_family
+from lightning_compressm import compress, hankel_spectra, linear, load_compressed, register_family
 from lightning_compressm.control import hankel_singular_values, per_state_energy
 from lightning_compressm.errors import (
     CompreSSMError,
@@ -417,14 +417,14 @@ def test_a_family_that_fails_late_leaves_every_layer_alone(monkeypatch: pytest.M
 
 
 def test_an_ill_conditioned_layer_is_skipped_with_a_reason(monkeypatch: pytest.MonkeyPatch):
-    real = proposal.balanced_truncation
+    real = linear.balanced_truncation
 
     def truncate(system: Any, order: int, **kwargs: Any) -> Any:
         if system.order == 12:
             raise IllConditionedError("too close to defective")
         return real(system, order, **kwargs)
 
-    monkeypatch.setattr(proposal, "balanced_truncation", truncate)
+    monkeypatch.setattr(linear, "balanced_truncation", truncate)
     model = Net()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compressm import find_ssm_layers
-from lightning_compressm.discovery import LengthRecorder, select_layers
+from lightning_compressm.discovery import select_layers
 from lightning_compressm.errors import UnsupportedLayerError
 from lightning_compressm.families.lru import LRUFamily
 from lightning_compressm.nn import LRU
+from lightning_compressm.recording import CallRecorder
 from tests.families.layers import PortedLRU
 
 
@@ -113,7 +114,7 @@ class Twice(nn.Module):
 
 def test_the_longest_sequence_counts():
     model = Twice()
-    with LengthRecorder(find_ssm_layers(model)) as recorder:
+    with CallRecorder(find_ssm_layers(model)) as recorder:
         for length in (10, 30, 20):
             model(torch.zeros(2, length, 2))
     assert recorder.lengths == {"lru": 30}
@@ -123,7 +124,7 @@ def test_the_longest_sequence_counts():
 
 
 def test_closing_twice_is_harmless():
-    recorder = LengthRecorder(find_ssm_layers(Twice()))
+    recorder = CallRecorder(find_ssm_layers(Twice()))
     recorder.close()
     recorder.close()
     assert recorder.lengths == {}
@@ -131,7 +132,7 @@ def test_closing_twice_is_harmless():
 
 def test_hooks_go_even_if_the_model_fails():
     model = Twice()
-    with pytest.raises(ValueError, match="d_model"), LengthRecorder(find_ssm_layers(model)):
+    with pytest.raises(ValueError, match="d_model"), CallRecorder(find_ssm_layers(model)):
         model(torch.zeros(2, 10, 5))
     assert not any(m._forward_pre_hooks for m in model.modules())
 
@@ -139,6 +140,6 @@ def test_hooks_go_even_if_the_model_fails():
 def test_length_dim_is_the_familys(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(LRUFamily, "length_dim", 0)
     layer = LRU(2, 4)
-    with LengthRecorder(find_ssm_layers(layer)) as recorder:
+    with CallRecorder(find_ssm_layers(layer)) as recorder:
         layer(torch.zeros(3, 10, 2))
     assert recorder.lengths == {"": 3}

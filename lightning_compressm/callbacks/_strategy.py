@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TypeVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import (
@@ -14,20 +14,25 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from torch import Tensor
 
 from lightning_compressm.compressor import apply_proposal
 from lightning_compressm.discovery import SSMLayer
 from lightning_compressm.errors import CompreSSMError, SurgeryError, UnsupportedStrategyError
+from lightning_compressm.recording import Processes
 from lightning_compressm.surgery.optimizer import OptimizerStatePolicy, check_optimizer
 from lightning_compressm.surgery.plan import SurgeryPlan
 
 __all__ = [
+    "Ranks",
     "check_optimizers",
     "check_precision",
     "check_trainer",
-    "decide_on_rank_zero",
+    "decide_together",
     "swap",
 ]
+
+T = TypeVar("T")
 
 _PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true")
 
@@ -89,25 +94,57 @@ def check_optimizers(trainer: pl.Trainer) -> None:
         check_optimizer(optimizer)
 
 
-def decide_on_rank_zero(strategy: Strategy, decide: Callable[[], Any]) -> Any:
-    """Run ``decide`` on rank 0 only; every rank gets its result, or raises its error.
+class Ranks(Processes):
+    """The processes of a Trainer's strategy; a failure in one of them ends the work in all.
+
+    Before each exchange all ranks say whether they are well, so that none waits for one that is
+    gone.
+    """
+
+    def __init__(self, strategy: Strategy) -> None:
+        self.strategy = strategy
+
+    def add_up(self, total: Tensor) -> Tensor:
+        """The sum over all ranks, on the tensor's device."""
+        self.confirm(True)
+        there = total.detach().clone().to(self.strategy.root_device)
+        summed: Tensor = self.strategy.reduce(there, reduce_op="sum")
+        return summed.to(total.device)
+
+    def agree(self, value: T) -> T:
+        """What rank 0 has."""
+        self.confirm(True)
+        agreed: T = self.strategy.broadcast(value)
+        return agreed
+
+    def confirm(self, well: bool) -> None:
+        """Raise :class:`OtherRankError` if another rank is not well."""
+        if not self.strategy.reduce_boolean_decision(well, all=True) and well:
+            raise OtherRankError("the analysis failed on another rank; nothing was changed here.")
+
+
+class OtherRankError(SurgeryError):
+    """A step that all ranks take together failed elsewhere."""
+
+
+def decide_together(strategy: Strategy, decide: Callable[[Processes], T]) -> T:
+    """Run ``decide`` on every rank; all get the result of rank 0, or all raise.
 
     Raises:
-        CompreSSMError: or whatever else ``decide`` raised, on every rank.
+        CompreSSMError: or whatever else ``decide`` raised here; :class:`OtherRankError` where
+            another rank failed.
     """
-    result, error = None, None
-    if strategy.is_global_zero:
-        try:
-            result = decide()
-        except (CompreSSMError, ValueError) as raised:
-            error = raised
-        except Exception as raised:
-            error = CompreSSMError(f"the analysis failed: {type(raised).__name__}: {raised}")
-            error.__cause__ = raised
-    result, error = strategy.broadcast((result, error))
-    if error is not None:
-        raise error
-    return result
+    ranks = Ranks(strategy)
+    try:
+        result = decide(ranks)
+    except OtherRankError:
+        raise
+    except Exception as error:
+        ranks.confirm(False)
+        if isinstance(error, CompreSSMError | ValueError):
+            raise
+        raise CompreSSMError(f"the analysis failed: {type(error).__name__}: {error}") from error
+    return ranks.agree(result)
 
 
 def swap(

@@ -1,4 +1,4 @@
-"""How long the sequences are that each layer sees in training."""
+"""What the layers see in training: lengths of sequences, and inputs for calibration."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from lightning_compressm.discovery import LengthRecorder, select_layers
+from lightning_compressm.discovery import SSMLayer, select_layers
+from lightning_compressm.families import SelectiveFamily
 from lightning_compressm.policy import ReductionPolicy
+from lightning_compressm.recording import CallRecorder, Context, Processes
 
-__all__ = ["LengthWatch"]
+__all__ = ["TrainingWatch"]
 
 
-class LengthWatch:
-    """Listens to the SSM layers during the first training batches, then never again.
+class TrainingWatch:
+    """Listens to the SSM layers during training batches.
+
+    Lengths come from the first batches. Inputs of selective layers are those of the latest batches,
+    so that a look sees the layer as it is fed at that time; they are not saved.
 
     Attributes:
         lengths: layer name -> longest sequence seen, in steps.
@@ -24,13 +29,30 @@ class LengthWatch:
         self.batches = batches
         self.lengths: dict[str, int] = {}
         self._seen = 0
-        self._recorder: LengthRecorder | None = None
+        self._layers: dict[str, SSMLayer] | None = None
+        self._recorder: CallRecorder | None = None
+        self._inputs: dict[str, list[Any]] = {}
 
-    def attach(self, pl_module: pl.LightningModule) -> None:
-        """Listen to one batch, if lengths are wanted and not known yet."""
-        if self.policy.horizon == "auto" and self._seen < self.batches:
-            layers = select_layers(pl_module, self.policy.layers, self.policy.ignore)
-            self._recorder = LengthRecorder(layers)
+    def start(self) -> None:
+        """Forget which layers there were: a new run may have others."""
+        self._layers = None
+        self._inputs = {}
+
+    def attach(self, pl_module: pl.LightningModule, *, looking: bool) -> None:
+        """Listen to one batch, if anything about it is wanted.
+
+        Args:
+            pl_module: whose layers to listen to.
+            looking: whether a look is still to come, for which inputs are wanted.
+        """
+        if self._layers is None:
+            self._layers = select_layers(pl_module, self.policy.layers, self.policy.ignore)
+        selective = any(isinstance(x.family, SelectiveFamily) for x in self._layers.values())
+        lengths = self.policy.horizon == "auto" and self._seen < self.batches
+        if not looking:
+            self._inputs = {}
+        if lengths or (selective and looking):
+            self._recorder = CallRecorder(self._layers)
 
     def detach(self) -> None:
         """Keep what was heard; safe to call at any time."""
@@ -39,8 +61,14 @@ class LengthWatch:
         self._recorder.close()
         for name, length in self._recorder.lengths.items():
             self.lengths[name] = max(length, self.lengths.get(name, 0))
+        for name, calls in self._recorder.inputs.items():
+            self._inputs[name] = [*self._inputs.get(name, []), *calls][-self.batches :]
         self._recorder = None
         self._seen += 1
+
+    def context(self, processes: Processes) -> Context:
+        """What is known of the data by now."""
+        return Context(self.lengths, self._inputs, processes)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types only."""

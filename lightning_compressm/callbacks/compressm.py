@@ -8,16 +8,17 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_compressm.callbacks._lengths import LengthWatch
 from lightning_compressm.callbacks._strategy import (
     check_optimizers,
     check_precision,
     check_trainer,
-    decide_on_rank_zero,
+    decide_together,
     swap,
 )
+from lightning_compressm.callbacks._watch import TrainingWatch
 from lightning_compressm.discovery import select_layers
 from lightning_compressm.policy import (
+    DEFAULT_OUTPUT_ERROR,
     BalanceChoice,
     ReductionPolicy,
     Selection,
@@ -25,6 +26,7 @@ from lightning_compressm.policy import (
     check_count,
 )
 from lightning_compressm.proposal import propose
+from lightning_compressm.recording import Processes
 from lightning_compressm.report import LayerEvent, format_table
 from lightning_compressm.schedule import Schedule, Window
 from lightning_compressm.surgery.loading import install_resize_hooks
@@ -60,9 +62,16 @@ class CompreSSMCallback(Callback):
         balance: ``"auto"``, ``"real"``, ``"folded"`` or ``"complex"`` (as published).
         horizon: steps of time-limited Gramians, ``None`` for infinite (as published), ``"auto"``
             for the length of the training sequences.
-        criterion: for selective layers, none of which is supported yet: only ``"auto"``.
+        criterion: which states of selective layers stay: ``"averaged_lti"``, ``"empirical"``,
+            ``"greedy"``, or the ablations ``"smallest"`` and ``"random"``; ``"auto"`` is the
+            package's choice.
         selection: ``"largest"``, or the ablations ``"smallest"`` and ``"random"``.
-        calibration_batches: training batches from which sequence lengths are taken.
+        calibration_batches: training batches from which sequence lengths are taken, and the latest
+            of which selective layers are calibrated on; added up over the ranks.
+        refit: let the rest of a selective layer make up for the states that go.
+        max_output_error: refuse a cut of a selective layer that changes its output on the
+            calibration batches by more than this share (root mean squares); before that, try with
+            more states. ``None`` for no limit.
         monitor: roll-back on a worse validation metric; not available yet, must be ``None``.
         mode: ``"min"`` or ``"max"``, for ``monitor``.
         max_degradation: for ``monitor``.
@@ -111,6 +120,8 @@ class CompreSSMCallback(Callback):
         criterion: str = "auto",
         selection: Selection = "largest",
         calibration_batches: int = 1,
+        refit: bool = True,
+        max_output_error: float | None = DEFAULT_OUTPUT_ERROR,
         monitor: str | None = None,
         mode: Literal["min", "max"] = "min",
         max_degradation: float = 0.02,
@@ -141,6 +152,8 @@ class CompreSSMCallback(Callback):
             horizon=horizon,
             selection=selection,
             criterion=criterion,
+            refit=refit,
+            max_output_error=max_output_error,
         )
         self.schedule = Schedule(tuple(window), every_n_epochs, every_n_steps)  # type: ignore[arg-type]
         self.calibration_batches = calibration_batches
@@ -156,7 +169,7 @@ class CompreSSMCallback(Callback):
         self._looked_at_step = -1
         self._last_step = -1
         self._pending: tuple[SurgeryPlan, list[LayerEvent]] | None = None
-        self._watch = LengthWatch(self.policy, self.calibration_batches)
+        self._watch = TrainingWatch(self.policy, self.calibration_batches)
 
     @property
     def state_dims(self) -> dict[str, int]:
@@ -184,6 +197,7 @@ class CompreSSMCallback(Callback):
         check_precision(trainer, layers.values())
         check_optimizers(trainer)
         self._last_step = trainer.global_step
+        self._watch.start()
         self._refresh_state_dims(pl_module)
         if self._window is None:
             self._window = self.schedule.resolve(_total_steps(trainer))
@@ -202,8 +216,10 @@ class CompreSSMCallback(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Watch the first batches for the length of the sequences."""
-        self._watch.attach(pl_module)
+        """Watch the layers, as long as something about the data is to be learnt."""
+        window = self._window
+        looking = window is not None and self._last_step <= window.end
+        self._watch.attach(pl_module, looking=looking)
 
     def on_train_batch_end(
         self,
@@ -281,14 +297,15 @@ class CompreSSMCallback(Callback):
         )
 
     def _commit(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
-        """Decide on rank 0; every rank holds the same plan afterwards."""
+        """Decide together; every rank holds the plan of rank 0 afterwards."""
         step = trainer.global_step
 
-        def decide() -> tuple[dict[str, Any], list[LayerEvent]]:
-            proposal = propose(pl_module, self.policy, self._watch.lengths, seed=step)
+        def decide(processes: Processes) -> tuple[dict[str, Any], list[LayerEvent]]:
+            context = self._watch.context(processes)
+            proposal = propose(pl_module, self.policy, context, seed=step)
             return proposal.plan.to_dict(), [event.at(step, epoch) for event in proposal.events]
 
-        plan, events = decide_on_rank_zero(trainer.strategy, decide)
+        plan, events = decide_together(trainer.strategy, decide)
         self._looks += 1
         self._looked_at_step = step
         self._pending = (SurgeryPlan.from_dict(plan), events)

@@ -6,12 +6,15 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 
-from lightning_compressm.analysis import measure_spectra
-from lightning_compressm.callbacks._lengths import LengthWatch
+from lightning_compressm.callbacks._strategy import decide_together
+from lightning_compressm.callbacks._watch import TrainingWatch
 from lightning_compressm.control import order_for_energy
 from lightning_compressm.discovery import select_layers
 from lightning_compressm.policy import BalanceChoice, ReductionPolicy, check_count
+from lightning_compressm.proposal import measure_spectra
+from lightning_compressm.recording import Processes
 from lightning_compressm.surgery.loading import install_resize_hooks
 
 __all__ = ["HankelMonitor"]
@@ -60,7 +63,7 @@ class HankelMonitor(Callback):
         self.tolerance = tolerance
         self.every_n_epochs = every_n_epochs
         self.history: list[dict[str, Any]] = []
-        self._watch = LengthWatch(self.policy, batches=1)
+        self._watch = TrainingWatch(self.policy, batches=1)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Make checkpoints of reduced models loadable."""
@@ -68,13 +71,14 @@ class HankelMonitor(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse patterns that match nothing before the first step."""
+        self._watch.start()
         select_layers(pl_module, self.policy.layers, self.policy.ignore)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Watch the first batch for the length of the sequences."""
-        self._watch.attach(pl_module)
+        """Watch the layers for lengths and calibration data."""
+        self._watch.attach(pl_module, looking=True)
 
     def on_train_batch_end(
         self,
@@ -91,7 +95,11 @@ class HankelMonitor(Callback):
         """Record and log the spectra."""
         if (trainer.current_epoch + 1) % self.every_n_epochs:
             return
-        spectra = measure_spectra(pl_module, self.policy, self._watch.lengths)
+
+        def measure(processes: Processes) -> dict[str, Tensor]:
+            return measure_spectra(pl_module, self.policy, self._watch.context(processes))
+
+        spectra = decide_together(trainer.strategy, measure)
         self.history.append(
             {
                 "step": trainer.global_step,

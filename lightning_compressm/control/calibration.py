@@ -285,10 +285,12 @@ def channel_sizes(statistics: SelectiveStatistics) -> Tensor:
         >>> channel_sizes(SelectiveStatistics.of([signals]))
         tensor([[3.]], dtype=torch.float64)
     """
-    return (statistics.drive * statistics.weight).sqrt() / statistics.count
+    sizes: Tensor = (statistics.drive * statistics.weight).sqrt() / statistics.count
+    return sizes
 
 
 def _factor(moment: Tensor) -> Tensor:
     """A square F with F F^T = moment."""
     values, vectors = torch.linalg.eigh(moment)
-    return vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
+    factor: Tensor = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
+    return factor

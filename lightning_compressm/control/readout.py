@@ -64,8 +64,9 @@ def refit_readout(
     damping = ridge * diagonal + torch.finfo(normal.dtype).tiny
     # A direction without any data gets a one on its diagonal, and with it a zero in the solution.
     damping = torch.where(diagonal > 0, damping, 1.0)
-    solution = torch.linalg.solve(normal + torch.diag_embed(damping), target.unsqueeze(-1))
-    return solution.view(groups, r, -1) @ basis.mT
+    solution: Tensor = torch.linalg.solve(normal + torch.diag_embed(damping), target.unsqueeze(-1))
+    delta: Tensor = solution.view(groups, r, -1) @ basis.mT
+    return delta
 
 
 def _readout_directions(
@@ -77,8 +78,9 @@ def _readout_directions(
     if k == n:
         return torch.eye(n, dtype=torch.float64, device=batches[0].C.device).expand(groups, n, n)
     rows = torch.cat([s.C.movedim(2, 0).reshape(groups, -1, n) for s in batches], 1)
-    vectors = torch.linalg.eigh(add_up(rows.mT @ rows)).eigenvectors
-    return vectors[..., -k:]
+    vectors: Tensor = torch.linalg.eigh(add_up(rows.mT @ rows)).eigenvectors
+    leading: Tensor = vectors[..., -k:]
+    return leading
 
 
 def _accumulate(

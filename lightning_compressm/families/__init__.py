@@ -1,10 +1,20 @@
 """SSM architectures, one file each; they are found by themselves."""
 
-from lightning_compressm.families._base import Family
+from lightning_compressm.families._base import Family, FamilyBase
 from lightning_compressm.families._registry import (
     find_family,
+    model_attributes,
     register_family,
     registered_families,
 )
+from lightning_compressm.families._selective import SelectiveFamily
 
-__all__ = ["Family", "find_family", "register_family", "registered_families"]
+__all__ = [
+    "Family",
+    "FamilyBase",
+    "SelectiveFamily",
+    "find_family",
+    "model_attributes",
+    "register_family",
+    "registered_families",
+]

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import entry_points
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
 from lightning_compressm.families._base import FamilyBase
+from lightning_compressm.families._selective import SelectiveFamily
 
-__all__ = ["ENTRY_POINT_GROUP", "find_family", "register_family", "registered_families"]
+__all__ = [
+    "ENTRY_POINT_GROUP",
+    "find_family",
+    "model_attributes",
+    "register_family",
+    "registered_families",
+]
 
 ENTRY_POINT_GROUP = "lightning_compressm.families"
 """Packages announce families of theirs under this entry point group."""
@@ -73,6 +81,32 @@ def find_family(module: nn.Module) -> FamilyBase | None:
     """
     _discover()
     return next((f for f in reversed(_families.values()) if f.matches(module)), None)
+
+
+def model_attributes(model: nn.Module, state_dims: Mapping[str, int]) -> dict[str, Any]:
+    """Attributes of a whole model, such as a config, that say how many states its layers have.
+
+    Args:
+        model: the root of the model.
+        state_dims: path of an SSM layer -> its state dimension to be; others keep theirs.
+
+    Returns:
+        Dotted attribute name -> value.
+
+    Example:
+        >>> model_attributes(nn.Linear(2, 2), {})
+        {}
+    """
+    found: dict[str, tuple[SelectiveFamily, set[int]]] = {}
+    for path, module in model.named_modules():
+        family = find_family(module)
+        if isinstance(family, SelectiveFamily):
+            dims = found.setdefault(family.name, (family, set()))[1]
+            dims.add(state_dims.get(path, family.state_dim(module)))
+    attributes: dict[str, Any] = {}
+    for family, dims in found.values():
+        attributes |= family.shared_attributes(model, dims.pop() if len(dims) == 1 else None)
+    return attributes
 
 
 @cache

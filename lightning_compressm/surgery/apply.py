@@ -86,7 +86,7 @@ def apply_plan(model: nn.Module, plan: SurgeryPlan) -> AppliedSurgery:
         torch.Size([4, 3])
     """
     replacements = _prepare(model, plan)
-    homes = {name: _resolve(model, name) for name in plan.attributes}
+    homes = {name: _resolve_attribute(model, name) for name in plan.attributes}
     applied = AppliedSurgery()
     try:
         for name, replacement in replacements.items():
@@ -181,6 +181,17 @@ def _resolve(model: nn.Module, name: str) -> tuple[nn.Module, str]:
         raise SurgeryError(f"'{name}': the model has no module '{path}'.") from error
 
 
+def _resolve_attribute(model: nn.Module, name: str) -> tuple[Any, str]:
+    """The object that holds the last part of a dotted name, also where it is no module."""
+    path, _, key = name.rpartition(".")
+    owner: Any = model
+    for part in filter(None, path.split(".")):
+        if not hasattr(owner, part):
+            raise SurgeryError(f"'{name}': the model has no attribute '{path}'.")
+        owner = getattr(owner, part)
+    return owner, key
+
+
 def _owners(model: nn.Module, tensor: Tensor) -> Iterator[tuple[nn.Module, str]]:
     for module in model.modules():
         for store in (module._parameters, module._buffers):
@@ -198,7 +209,7 @@ def _restorer(owner: nn.Module, key: str, tensor: Tensor) -> Callable[[], None]:
     return lambda: _set_tensor(owner, key, tensor)
 
 
-def _attribute_restorer(owner: nn.Module, key: str) -> Callable[[], None]:
+def _attribute_restorer(owner: Any, key: str) -> Callable[[], None]:
     if not hasattr(owner, key):
         return lambda: delattr(owner, key)
     old = getattr(owner, key)

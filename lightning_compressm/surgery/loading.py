@@ -138,10 +138,20 @@ def _state_dict_of(checkpoint: str | PathLike[str] | Mapping[str, Any]) -> Mappi
 
 def _resize_all_plan(model: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> SurgeryPlan:
     """One plan for all layers, so that tensors which they share stay shared."""
-    return SurgeryPlan.merge(
-        _resize_plan(module, state_dict, f"{prefix}{name}." if name else prefix).prefixed(name)
-        for name, module in _named_ssm_modules(model)
-    )
+    from lightning_compressm.families import find_family, model_attributes
+
+    plans, state_dims = [], {}
+    for name, module in _named_ssm_modules(model):
+        inner = f"{prefix}{name}." if name else prefix
+        plan = _resize_plan(module, state_dict, inner)
+        family = find_family(module)
+        assert family is not None
+        if plan:
+            plans.append(plan.prefixed(name))
+            state_dims[name] = family.state_dim_in(module, _saved(state_dict, inner)) or 0
+    if not plans:
+        return SurgeryPlan()
+    return SurgeryPlan.merge([*plans, SurgeryPlan({}, model_attributes(model, state_dims))])
 
 
 def _resize_plan(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> SurgeryPlan:
@@ -150,17 +160,22 @@ def _resize_plan(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) 
     family = find_family(module)
     if family is None:
         return SurgeryPlan()
-    saved = {
-        key.removeprefix(prefix): value
-        for key, value in state_dict.items()
-        if key.startswith(prefix) and isinstance(value, Tensor)
-    }
+    saved = _saved(state_dict, prefix)
     state_dim = family.state_dim_in(module, saved)
     if state_dim is None or state_dim < 1 or state_dim == family.state_dim(module):
         return SurgeryPlan()
     plan = family.resize_plan(module, state_dim)
     fits = all(n in saved and saved[n].shape == e.value.shape for n, e in plan.edits.items())
     return plan if fits else SurgeryPlan()
+
+
+def _saved(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
+    """The saved tensors of one module, by the module's own names."""
+    return {
+        key.removeprefix(prefix): value
+        for key, value in state_dict.items()
+        if key.startswith(prefix) and isinstance(value, Tensor)
+    }
 
 
 def _named_ssm_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:

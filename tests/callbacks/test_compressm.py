@@ -287,7 +287,7 @@ def test_bf16_true(tmp_path: Any) -> None:
         ({"balance": "modal"}, "balance"),
         ({"horizon": 0}, "horizon"),
         ({"horizon": "long"}, "horizon"),
-        ({"criterion": "greedy"}, "criterion"),
+        ({"criterion": "biggest"}, "criterion"),
         ({"selection": "best"}, "selection"),
         ({"mode": "up"}, "mode"),
         ({"optimizer_state": "keep"}, "optimizer_state"),

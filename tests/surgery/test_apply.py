@@ -280,7 +280,7 @@ def test_tensors_that_can_not_be_replaced(prepare: Any, error: type[Exception], 
             NonFiniteError,
             "NaN or infinity",
         ),
-        ({"2.weight": torch.ones(2, 2)}, {"9.size": 2}, SurgeryError, "no module '9'"),
+        ({"2.weight": torch.ones(2, 2)}, {"9.size": 2}, SurgeryError, "no attribute '9'"),
     ],
 )
 def test_plans_that_do_not_fit(

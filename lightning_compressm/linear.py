@@ -1,0 +1,157 @@
+"""Linear time-invariant layers: Hankel singular values and balanced truncation."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from lightning_compressm.analysis import Attempt, LayerAnalysis, naming
+from lightning_compressm.control import (
+    DiagonalLTI,
+    Reduction,
+    balanced_truncation,
+    hankel_singular_values,
+    per_state_energy,
+)
+from lightning_compressm.discovery import SSMLayer
+from lightning_compressm.errors import IllConditionedError
+from lightning_compressm.families import Family
+from lightning_compressm.policy import Balance, BalanceChoice, HorizonChoice, ReductionPolicy
+
+__all__ = ["LinearAnalysis", "analyse_linear"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LinearAnalysis(LayerAnalysis):
+    """A linear layer with its system.
+
+    Attributes:
+        family: the layer's family.
+        system: what the layer computes.
+        balance: the balancing used, never ``"auto"``.
+        horizon: steps of the Gramians, ``None`` for infinite.
+    """
+
+    family: Family
+    system: DiagonalLTI = field(repr=False)
+    balance: Balance
+    horizon: int | None
+
+    def attempt(self, order: int, policy: ReductionPolicy, seed: int) -> Attempt:
+        """Reduce to ``order``, or to the next higher order that keeps the promised energy."""
+        start = time.perf_counter()
+        try:
+            with torch.no_grad(), naming(self.layer):
+                reduction = self._reduce_within(order, policy, seed)
+        except IllConditionedError as error:
+            warnings.warn(f"layer left as it is: {error}", stacklevel=2)
+            return self._refusal(str(error))
+        if reduction is None:
+            old = self.layer.state_dim
+            return self._refusal(f"{min(order, old)} or more of {old} states are needed")
+        return self._attempt(reduction, time.perf_counter() - start)
+
+    def _refusal(self, note: str) -> Attempt:
+        return Attempt(
+            plan=None,
+            order=self.layer.state_dim,
+            note=note,
+            balance=self.balance,
+            horizon=self.horizon,
+        )
+
+    def _attempt(self, reduction: Reduction, seconds: float) -> Attempt:
+        with torch.no_grad():
+            plan = self.family.reduction_plan(self.layer.module, reduction)
+        kept, total = _energies(reduction)
+        return Attempt(
+            plan=plan,
+            order=reduction.order,
+            energy_kept=kept / total if total else 1.0,
+            # A bank is block-diagonal: its gain is the largest of its systems'.
+            error_bound=None if reduction.bound is None else float(reduction.bound.max()),
+            balance=reduction.balance,
+            horizon=reduction.horizon,
+            seconds=seconds,
+        )
+
+    def _reduce_within(self, order: int, policy: ReductionPolicy, seed: int) -> Reduction | None:
+        """The reduction to ``order``, or to the next higher one that keeps the promised energy.
+
+        A complex state holds two real ones only if its poles come as a conjugate pair, so a system
+        with real poles may need more states than its spectrum says. ``None`` if too few states go.
+        """
+        n = self.layer.state_dim
+        largest = min(n - 1, math.floor(n * (1 - policy.min_reduction) + 1e-9))
+        promised = 0.0 if policy.tolerance is None else 1 - policy.tolerance
+        for candidate in range(order, largest + 1, policy.round_to):
+            reduction = self._reduce(candidate, policy, seed)
+            kept, total = _energies(reduction)
+            # A spectrum of another horizon, and the ablations, promise nothing.
+            comparable = reduction.horizon == self.horizon and policy.selection == "largest"
+            if kept >= (promised - 1e-9) * total or not comparable:
+                return reduction
+        return None
+
+    def _reduce(self, order: int, policy: ReductionPolicy, seed: int) -> Reduction:
+        generator = torch.Generator().manual_seed(seed) if policy.selection == "random" else None
+        return balanced_truncation(
+            self.system,
+            order,
+            balance=self.balance,
+            horizon=self.horizon,
+            selection=policy.selection,
+            generator=generator,
+        )
+
+
+def analyse_linear(
+    layer: SSMLayer, family: Family, policy: ReductionPolicy, lengths: Mapping[str, int]
+) -> LinearAnalysis:
+    """Read a layer's system and compute its HSVs.
+
+    Raises:
+        NonFiniteError: if its parameters hold NaN or infinity.
+        UnstableSystemError: if an eigenvalue lies outside the open unit disc.
+    """
+    start = time.perf_counter()
+    with torch.no_grad(), naming(layer):
+        system = family.system(layer.module)
+        system.check()
+        balance = _resolve_balance(policy.balance, system)
+        horizon = _resolve_horizon(policy.horizon, lengths.get(layer.name))
+        sigma = hankel_singular_values(system, balance=balance, horizon=horizon)
+        energy = per_state_energy(sigma, balance)
+    seconds = time.perf_counter() - start
+    return LinearAnalysis(
+        layer,
+        energy,
+        seconds,
+        family=family,
+        system=system,
+        balance=balance,
+        horizon=horizon,
+    )
+
+
+def _resolve_balance(balance: BalanceChoice, system: DiagonalLTI) -> Balance:
+    if balance == "auto":
+        return "real" if system.real_output else "complex"
+    return balance
+
+
+def _resolve_horizon(horizon: HorizonChoice, length: int | None) -> int | None:
+    if isinstance(horizon, str):
+        return length if length is not None and length > 1 else None
+    return horizon
+
+
+def _energies(reduction: Reduction) -> tuple[float, float]:
+    """Hankel energy kept and in all, over all systems of a bank."""
+    total = reduction.sigma.sum(-1)
+    return float((reduction.energy_kept * total).sum()), float(total.sum())

@@ -1,0 +1,212 @@
+"""Selective layers: which states to keep, the refit that makes up for the rest, and its check."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compressm.analysis import Attempt, LayerAnalysis, naming
+from lightning_compressm.control.calibration import (
+    SelectiveSignals,
+    SelectiveStatistics,
+    averaged_spectrum,
+)
+from lightning_compressm.control.criteria import rank_states
+from lightning_compressm.control.readout import refit_readout
+from lightning_compressm.discovery import SSMLayer
+from lightning_compressm.errors import CalibrationError
+from lightning_compressm.families import SelectiveFamily
+from lightning_compressm.families._base import tensor_of
+from lightning_compressm.local_refit import fit_output, output_error
+from lightning_compressm.policy import ReductionPolicy
+from lightning_compressm.recording import Context, Processes
+from lightning_compressm.surgery.apply import apply_plan
+from lightning_compressm.surgery.plan import SurgeryPlan, TensorEdit
+
+__all__ = ["SelectiveAnalysis", "analyse_selective"]
+
+AUTO_CRITERION = "averaged_lti"
+MAX_TOKENS = 16384  # steps of calibration data that a layer is analysed on, for each batch
+_RETRIES = 3
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SelectiveAnalysis(LayerAnalysis):
+    """A selective layer with the statistics of its calibration data.
+
+    Attributes:
+        family: the layer's family.
+        statistics: summed over all processes.
+        inputs: the layer's inputs on this process.
+        original: a copy of the layer for evaluation, in single precision at least.
+        processes: those that hold other parts of the data.
+    """
+
+    family: SelectiveFamily
+    statistics: SelectiveStatistics = field(repr=False)
+    inputs: Sequence[Tensor] = field(repr=False)
+    original: nn.Module = field(repr=False)
+    processes: Processes = field(repr=False)
+
+    def attempt(self, order: int, policy: ReductionPolicy, seed: int) -> Attempt:
+        """Cut to ``order`` states, or to more where the layer's output would change too much."""
+        start = time.perf_counter()
+        n = self.layer.state_dim
+        order = self.processes.agree(order)
+        largest = min(n - 1, math.floor(n * (1 - policy.min_reduction) + 1e-9))
+        criterion = _resolve_criterion(policy)
+        if order > largest:
+            return _refusal(n, criterion, f"{min(order, n)} or more of {n} states are needed")
+        with naming(self.layer):
+            ranking = self._rank(criterion, seed)
+            for tried in _orders(order, largest, policy.round_to):
+                plan, error = self._cut(ranking[:, :tried].sort(dim=-1).values, policy)
+                if policy.max_output_error is None or error <= policy.max_output_error:
+                    break
+            else:
+                return _refusal(
+                    n,
+                    criterion,
+                    f"even with {tried} states the output changes by {error:.0%}, more than "
+                    f"max_output_error = {policy.max_output_error:.0%}",
+                )
+        note = (
+            ""
+            if tried == order
+            else (f"{order} states change the output by more than {policy.max_output_error:.0%}")
+        )
+        return Attempt(
+            plan=plan,
+            order=tried,
+            energy_kept=float(self.sigma[:tried].sum() / self.sigma.sum()),
+            output_error=error,
+            note=note,
+            balance=criterion,
+            seconds=time.perf_counter() - start,
+        )
+
+    def _rank(self, criterion: str, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        ranking = rank_states(self.statistics, criterion, generator)
+        return self.processes.agree(ranking.cpu())
+
+    def _cut(self, keep: Tensor, policy: ReductionPolicy) -> tuple[SurgeryPlan, float]:
+        """The plan that keeps some states, and the error of the layer's output afterwards."""
+        plan = self.family.selection_plan(self.layer.module, keep)
+        refit = self.family.refit if policy.refit else None
+        if refit == "readout":
+            plan = self._with_readout(plan, keep)
+        reduced = deepcopy(self.original)
+        apply_plan(reduced, plan)
+        error = output_error(self._runs(reduced), self.processes)
+        if refit == "local" and error > 0:
+            names = self.family.local_tensors(self.layer.module)
+            fitted = {name: tensor_of(reduced, name) for name in names}
+            error = fit_output(list(fitted.values()), lambda: self._runs(reduced), self.processes)
+            plan = _with_values(plan, {n: t.detach() for n, t in fitted.items()})
+        return plan, self.processes.agree(error)
+
+    def _with_readout(self, plan: SurgeryPlan, keep: Tensor) -> SurgeryPlan:
+        batches = list(_signals(self.family, self.original, self.inputs))
+        delta = refit_readout(batches, keep, add_up=self.processes.add_up)
+        with torch.no_grad():
+            values = self.family.write_readout(self.layer.module, keep, delta)
+        return _with_values(plan, values)
+
+    def _runs(self, reduced: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        """Outputs of the reduced layer and of the original one, batch by batch."""
+        for inputs in self.inputs:
+            with torch.no_grad():
+                wanted = self.family.run(self.original, inputs)
+            yield self.family.run(reduced, inputs), wanted
+
+
+def analyse_selective(
+    layer: SSMLayer, family: SelectiveFamily, policy: ReductionPolicy, context: Context
+) -> SelectiveAnalysis:
+    """Compute a layer's statistics on its calibration data, and its averaged spectrum.
+
+    Raises:
+        CalibrationError: if there is no calibration data.
+        NonFiniteError: if parameters or data hold NaN or infinity.
+    """
+    start = time.perf_counter()
+    with torch.no_grad(), naming(layer):
+        family.check_finite(layer.module)
+        if not context.inputs.get(layer.name):
+            raise CalibrationError(
+                "expected calibration data, got none: what a selective layer's states are worth "
+                "depends on its input. Give `sample`, a batch for the model; under a Trainer, the "
+                "layer must be called in training_step with whole sequences."
+            )
+        original = _for_evaluation(layer.module)
+        dtype = next(original.parameters()).dtype
+        inputs = [_capped(x).to(dtype) for x in context.inputs[layer.name]]
+        statistics = SelectiveStatistics.of(_signals(family, original, inputs))
+        statistics = statistics.summed(lambda _, total: context.processes.add_up(total))
+        sigma = averaged_spectrum(statistics).sum(0).sort(descending=True).values
+    seconds = time.perf_counter() - start
+    return SelectiveAnalysis(
+        layer,
+        sigma,
+        seconds,
+        family=family,
+        statistics=statistics,
+        inputs=inputs,
+        original=original,
+        processes=context.processes,
+    )
+
+
+def _signals(
+    family: SelectiveFamily, module: nn.Module, inputs: Sequence[Tensor]
+) -> Iterator[SelectiveSignals]:
+    with torch.no_grad():
+        for batch in inputs:
+            yield family.signals(module, batch)
+
+
+def _for_evaluation(module: nn.Module) -> nn.Module:
+    """A frozen copy; half precision is too coarse to compare and to fit outputs."""
+    copy = deepcopy(module).eval().requires_grad_(False)
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in copy.parameters())
+    return copy.float() if half else copy
+
+
+def _capped(inputs: Tensor) -> Tensor:
+    return inputs[: max(1, MAX_TOKENS // inputs.shape[1])]
+
+
+def _with_values(plan: SurgeryPlan, values: dict[str, Tensor]) -> SurgeryPlan:
+    edits = dict(plan.edits)
+    for name, value in values.items():
+        edits[name] = TensorEdit(value, edits[name].moments) if name in edits else TensorEdit(value)
+    return SurgeryPlan(edits, plan.attributes)
+
+
+def _orders(order: int, largest: int, round_to: int) -> Iterator[int]:
+    """The order asked for, then ever closer to the largest one that is worth while."""
+    yield order
+    for _ in range(_RETRIES):
+        halfway = -(-(order + largest) // 2)
+        halfway = min(largest, -(-halfway // round_to) * round_to)
+        if halfway <= order:
+            return
+        order = halfway
+        yield order
+
+
+def _resolve_criterion(policy: ReductionPolicy) -> str:
+    if policy.selection != "largest":
+        return policy.selection
+    return AUTO_CRITERION if policy.criterion == "auto" else policy.criterion
+
+
+def _refusal(state_dim: int, criterion: str, note: str) -> Attempt:
+    return Attempt(plan=None, order=state_dim, note=note, balance=criterion)
