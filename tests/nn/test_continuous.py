@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from lightning_compressm.nn import S4D, S5
 from lightning_compressm.nn._discretize import discretize
-from lightning_compressm.nn._hippo import hippo_normal
 from tests.nn._reference import relative_error
 from tests.nn.continuous import discretized, naive_s4d, naive_s5
 
@@ -290,25 +289,6 @@ def test_steps_are_log_uniform(kind: type[Layer]):
     assert low <= steps.min() < low + 0.01
     assert high - 0.01 < steps.max() <= high
     assert steps.mean().item() == pytest.approx((low + high) / 2, abs=0.1)
-
-
-def test_the_normal_part_of_hippo():
-    """HiPPO-LegS as published, plus a rank-one term, has these eigenvectors and eigenvalues."""
-    states = 5
-    legs = torch.zeros(2 * states, 2 * states, dtype=torch.float64)
-    for n in range(2 * states):
-        for k in range(n):
-            legs[n, k] = -math.sqrt((2 * n + 1) * (2 * k + 1))
-        legs[n, n] = -(n + 1)
-    p = torch.sqrt(torch.arange(2 * states, dtype=torch.float64) + 0.5)
-    normal = (legs + torch.outer(p, p)).to(torch.complex128)
-    frequencies, vectors = hippo_normal(states)
-    eigenvalues = torch.complex(torch.full_like(frequencies, -0.5), frequencies)
-    assert (frequencies > 0).all()
-    torch.testing.assert_close(normal @ vectors, vectors * eigenvalues, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(vectors.mH @ vectors, torch.eye(states, dtype=torch.complex128))
-    assert (vectors[0].real > 0).all()
-    assert vectors[0].imag.abs().max() < 1e-15
 
 
 @pytest.mark.parametrize(

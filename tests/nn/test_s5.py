@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -53,3 +55,22 @@ def test_channels_mix():
     other = inputs.clone()
     other[..., 1] = 0
     assert (layer(inputs) - layer(other)).abs().amax((0, 1)).min() > 1e-4
+
+
+def test_the_normal_part_of_hippo():
+    """HiPPO-LegS as published, plus a rank-one term, has these eigenvectors and eigenvalues."""
+    states = 5
+    legs = torch.zeros(2 * states, 2 * states, dtype=torch.float64)
+    for n in range(2 * states):
+        for k in range(n):
+            legs[n, k] = -math.sqrt((2 * n + 1) * (2 * k + 1))
+        legs[n, n] = -(n + 1)
+    p = torch.sqrt(torch.arange(2 * states, dtype=torch.float64) + 0.5)
+    normal = (legs + torch.outer(p, p)).to(torch.complex128)
+    frequencies, vectors = hippo_normal(states)
+    eigenvalues = torch.complex(torch.full_like(frequencies, -0.5), frequencies)
+    assert (frequencies > 0).all()
+    torch.testing.assert_close(normal @ vectors, vectors * eigenvalues, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(vectors.mH @ vectors, torch.eye(states, dtype=torch.complex128))
+    assert (vectors[0].real > 0).all()
+    assert vectors[0].imag.abs().max() < 1e-15
