@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_compressm.control import DiagonalLTI, Reduction
 from lightning_compressm.surgery.apply import refuse_parametrized
-from lightning_compressm.surgery.plan import MomentRule, Refill, SurgeryPlan, TensorEdit
+from lightning_compressm.surgery.plan import MomentRule, Refill, SurgeryPlan, TensorEdit, take
 
 __all__ = ["Family", "FamilyBase"]
 
@@ -55,7 +55,7 @@ class FamilyBase(ABC):
         """A small layer of this family and an input for it, for the contract tests."""
         raise NotImplementedError(f"{type(self).__name__} ships no example layer")
 
-    def refuse(self, module: nn.Module) -> None:
+    def refuse(self, module: nn.Module) -> None:  # noqa: B027
         """Raise ``UnsupportedLayerError`` if ``module`` is one that can't be reduced safely."""
 
     def sequence_length(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
@@ -92,7 +92,7 @@ class FamilyBase(ABC):
 
         Returns:
             Tensor name -> dimension, and indices along it that leave these states (and all that
-            belongs to no state).
+            belongs to no state); 2-D where each slice along dimension 0 has indices of its own.
         """
         return {name: (dim, index) for name, dim in self.state_axes(module).items()}
 
@@ -105,7 +105,7 @@ class FamilyBase(ABC):
         edits = {}
         for name, (dim, entries) in self.entries(module, index).items():
             tensor = tensor_of(module, name).detach()
-            edits[name] = TensorEdit(tensor.index_select(dim, entries.to(tensor.device)))
+            edits[name] = TensorEdit(take(tensor, dim, entries))
         return SurgeryPlan(edits, self.attributes(module, state_dim))
 
 

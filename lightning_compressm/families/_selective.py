@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_compressm.control.calibration import SelectiveSignals
 from lightning_compressm.errors import NonFiniteError
 from lightning_compressm.families._base import FamilyBase, shape_source, tensor_of
-from lightning_compressm.surgery.plan import Select, SurgeryPlan, TensorEdit
+from lightning_compressm.surgery.plan import Select, SurgeryPlan, TensorEdit, take
 
 __all__ = ["SelectiveFamily"]
 
@@ -45,7 +45,8 @@ class SelectiveFamily(FamilyBase):
         """Which entries of each tensor stay if the states ``keep``, (groups, r), stay.
 
         Returns:
-            Tensor name -> dimension, and indices along it.
+            Tensor name -> dimension, and indices along it; 2-D where each slice along dimension 0
+            has indices of its own.
         """
 
     @abstractmethod
@@ -103,8 +104,7 @@ class SelectiveFamily(FamilyBase):
         edits = {}
         for name, (dim, index) in self.state_entries(module, keep.cpu()).items():
             tensor = tensor_of(module, name).detach()
-            there = index.to(tensor.device)
-            edits[name] = TensorEdit(tensor.index_select(dim, there), Select(dim, index))
+            edits[name] = TensorEdit(take(tensor, dim, index), Select(dim, index))
         return SurgeryPlan(edits, self.attributes(module, keep.shape[1]))
 
     def check_finite(self, module: nn.Module) -> None:

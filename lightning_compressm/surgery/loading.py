@@ -165,7 +165,9 @@ def _resize_plan(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) 
     if state_dim is None or state_dim < 1 or state_dim == family.state_dim(module):
         return SurgeryPlan()
     plan = family.resize_plan(module, state_dim)
-    fits = all(n in saved and saved[n].shape == e.value.shape for n, e in plan.edits.items())
+    # Buffers that are not saved follow without being asked.
+    shapes = {n: e.value.shape for n, e in plan.edits.items() if n in module.state_dict()}
+    fits = all(n in saved and saved[n].shape == shape for n, shape in shapes.items())
     return plan if fits else SurgeryPlan()
 
 

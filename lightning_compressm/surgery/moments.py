@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_compressm.surgery.apply import Replacement
-from lightning_compressm.surgery.plan import Combine, Contract, Select, real_parts
+from lightning_compressm.surgery.plan import Combine, Contract, Select, real_parts, take
 
 __all__ = ["transport_states", "truncate_state"]
 
@@ -114,7 +114,7 @@ def _transport_tensor(
     if isinstance(rule, Select):
         if value.shape[rule.dim] != replacement.old.shape[rule.dim]:
             return value.clone()
-        return value.index_select(rule.dim, rule.index.to(value.device))
+        return take(value, rule.dim, rule.index)
     if kind == "point":
         return replacement.new.detach().clone()
     if isinstance(rule, Combine) and kind in ("first", "second"):

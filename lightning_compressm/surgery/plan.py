@@ -26,6 +26,8 @@ __all__ = ["Combine", "Contract", "MomentRule", "Refill", "Select", "SurgeryPlan
 class Select:
     """Moments are picked by index along ``dim``, exactly as the tensor's own entries.
 
+    ``index`` has one dimension, or two where each slice along dimension 0 has entries of its own.
+
     Example:
         >>> import torch
         >>> Select(0, torch.tensor([2, 0])).index.tolist()
@@ -205,6 +207,21 @@ def _prefix_rule(rule: MomentRule, prefix: str) -> MomentRule:
         weights = {f"{prefix}.{source}": w for source, w in rule.weights.items()}
         return Contract(rule.dim, weights, rule.scale)
     return rule
+
+
+def take(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
+    """The entries ``index`` along ``dim``; of each slice along dimension 0 its own if it is 2-D.
+
+    Example:
+        >>> import torch
+        >>> take(torch.tensor([[1, 2], [3, 4]]), 1, torch.tensor([[1], [0]])).tolist()
+        [[2], [3]]
+    """
+    index = index.to(tensor.device)
+    if index.ndim == 1:
+        return tensor.index_select(dim, index)
+    slices = zip(tensor, index, strict=True)
+    return torch.stack([part.index_select(dim - 1, own) for part, own in slices])
 
 
 def real_parts(name: str, tensor: Tensor) -> dict[str, Tensor]:

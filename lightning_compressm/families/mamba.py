@@ -1,0 +1,317 @@
+"""Mamba blocks of mamba_ssm, transformers, mamba.py and mamba-minimal.
+
+x, z = in_proj(u);  x = silu(conv(x));  dt, B, C = x_proj(x);  dt = softplus(dt_proj(dt))
+h_k = exp(dt_k A) h_{k-1} + dt_k B_k x_k,  y_k = C_k h_k + D x_k,  out = out_proj(y silu(z))
+(Gu & Dao 2023, arXiv 2312.00752, algorithm 2 and section 3.4).
+
+The states of a channel do not mix, so dropping some is exact where C does not read them; C is
+linear in x_proj, so that the read-out of the others can be refitted in closed form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_compressm.control.calibration import SelectiveSignals
+from lightning_compressm.errors import UnsupportedLayerError
+from lightning_compressm.families._base import double, shape_source, tensor_of
+from lightning_compressm.families._registry import register_family
+from lightning_compressm.families._selective import SelectiveFamily, rows_of_blocks
+from lightning_compressm.families._transformers import config_attributes
+
+__all__ = ["MambaFamily", "NormalisedMambaFamily", "ZambaFamily"]
+
+_PARTS = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
+_NORMS = ("b_layernorm", "B_layernorm", "c_layernorm", "C_layernorm")
+
+
+@register_family
+class MambaFamily(SelectiveFamily):
+    """Mamba blocks in which B and C are linear in ``x_proj``.
+
+    Recognised by structure: ``in_proj, conv1d, x_proj, dt_proj, out_proj``, and ``A_log`` of shape
+    (channels, N).
+
+    Example:
+        >>> layer, _ = MambaFamily().example(d_state=8)
+        >>> MambaFamily().state_dim(layer)
+        8
+    """
+
+    name: ClassVar[str] = "Mamba"
+    layers: ClassVar[str] = (
+        "`mamba_ssm.Mamba`; transformers `MambaMixer`; blocks of mamba.py and mamba-minimal"
+    )
+    refit: ClassVar[Literal["readout", "local"]] = "readout"
+    state_dim_attributes: ClassVar[tuple[str, ...]] = ("d_state", "ssm_state_size")
+
+    def matches(self, module: nn.Module) -> bool:
+        """Whether the parts are there, with shapes that fit together, and no norms of B and C."""
+        return _is_mamba(module) and not _norms(module)
+
+    def state_dim(self, module: nn.Module) -> int:
+        """The number of columns of ``A_log``."""
+        return int(shape_source(module, "A_log").shape[-1])
+
+    def state_dim_in(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> int | None:
+        """The number of columns of the saved ``A_log``."""
+        saved = tensors.get("A_log")
+        matches = saved is not None and saved.ndim == shape_source(module, "A_log").ndim
+        return int(saved.shape[-1]) if matches and saved is not None else None
+
+    def state_entries(self, module: nn.Module, keep: Tensor) -> dict[str, tuple[int, Tensor]]:
+        """Columns of ``A_log``; rows of ``x_proj`` that make B and C."""
+        n, rank, size = self.state_dim(module), _dt_rank(module), _rows(module)
+        return {
+            "A_log": (1, keep[0]),
+            "x_proj.weight": (0, rows_of_blocks(size, rank, keep, n, blocks=2)),
+        }
+
+    def attributes(self, module: nn.Module, state_dim: int) -> dict[str, Any]:
+        """Also the size of ``x_proj``."""
+        rows = _dt_rank(module) + 2 * state_dim
+        return super().attributes(module, state_dim) | {"x_proj.out_features": rows}
+
+    def signals(self, module: nn.Module, inputs: Tensor) -> SelectiveSignals:
+        """Run the projections and the convolution again."""
+        part: dict[str, Any] = {name: getattr(module, name) for name in _PARTS}
+        x, z = part["in_proj"](inputs).chunk(2, -1)
+        x = F.silu(part["conv1d"](x.mT)[..., : inputs.shape[1]].mT)
+        n, rank = self.state_dim(module), _dt_rank(module)
+        dt, B, C = part["x_proj"](x).split([rank, n, n], -1)
+        norms = _all_norms(module)
+        dt, B, C = (norms.get(k, _same)(v) for k, v in (("dt", dt), ("b", B), ("c", C)))
+        dt = F.softplus(F.linear(dt, part["dt_proj"].weight, part["dt_proj"].bias))
+        weight = F.silu(z) * part["out_proj"].weight.norm(dim=0)
+        A = -torch.exp(shape_source(module, "A_log").float())
+        one = [t.unsqueeze(2) for t in (dt, B, C, x, weight)]
+        return SelectiveSignals(one[0], A.unsqueeze(0), *one[1:])
+
+    def write_readout(self, module: nn.Module, keep: Tensor, delta: Tensor) -> dict[str, Tensor]:
+        """New C rows of ``x_proj``: those of the kept states plus ``delta`` times all."""
+        weight = tensor_of(module, "x_proj.weight").detach()
+        n, rank = self.state_dim(module), _dt_rank(module)
+        return {"x_proj.weight": _with_readout(weight, rank, n, keep[0], delta[0])}
+
+    def shared_attributes(self, model: nn.Module, state_dim: int | None) -> dict[str, Any]:
+        """The config of transformers' models, and the one that mamba.py's blocks read."""
+        names = ("state_size", "mamba_d_state", "d_state")
+        found = config_attributes(model, self.matches, names, state_dim)
+        for path, module in model.named_modules():
+            config = getattr(module, "config", None)
+            if not (self.matches(module) and _reads_config(module, config)):
+                continue
+            if state_dim is None:
+                raise UnsupportedLayerError(
+                    f"'{path}' reads its state dimension from a config that all layers share, so "
+                    "all need the same one; got different ones. Use share_state_dim=True (and "
+                    "leave no layer of this kind out)."
+                )
+            found[f"{path}.config.d_state".lstrip(".")] = state_dim
+        return found
+
+    def example(self, d_state: int = 8) -> tuple[nn.Module, Tensor]:
+        """A plain block of the same structure."""
+        from lightning_compressm.nn._mamba import MambaBlock
+
+        return MambaBlock(8, d_state), torch.randn(2, 12, 8)
+
+
+@register_family
+class NormalisedMambaFamily(MambaFamily):
+    """Mamba blocks that normalise B and C over the states: FalconMamba and Jamba.
+
+    Which states are there changes the norm of the others, so dropping is approximate, and
+    ``x_proj`` is refitted to the block's output.
+
+    Example:
+        >>> layer, _ = NormalisedMambaFamily().example(d_state=8)
+        >>> NormalisedMambaFamily().state_dim(layer)
+        8
+    """
+
+    name: ClassVar[str] = "Mamba, B and C normalised"
+    layers: ClassVar[str] = "transformers `FalconMambaMixer`, `JambaMambaMixer`"
+    refit: ClassVar[Literal["readout", "local"]] = "local"
+    approximate: ClassVar[bool] = True
+
+    def matches(self, module: nn.Module) -> bool:
+        """Whether it is a Mamba block with norms of B and C."""
+        return _is_mamba(module) and bool(_norms(module))
+
+    def state_entries(self, module: nn.Module, keep: Tensor) -> dict[str, tuple[int, Tensor]]:
+        """Also the weights of the norms."""
+        norms = {f"{name}.weight": (0, keep[0]) for name in _norms(module)}
+        return super().state_entries(module, keep) | norms
+
+    def attributes(self, module: nn.Module, state_dim: int) -> dict[str, Any]:
+        """Also the shape that torch's own norms check."""
+        shapes = {
+            f"{name}.normalized_shape": (state_dim,)
+            for name in _norms(module)
+            if hasattr(getattr(module, name), "normalized_shape")
+        }
+        return super().attributes(module, state_dim) | shapes
+
+    def local_tensors(self, module: nn.Module) -> tuple[str, ...]:
+        """``x_proj`` and the trainable weights of the norms."""
+        norms = (f"{name}.weight" for name in _norms(module))
+        trained = (n for n in norms if isinstance(shape_source(module, n), nn.Parameter))
+        return ("x_proj.weight", *trained)
+
+    def example(self, d_state: int = 8) -> tuple[nn.Module, Tensor]:
+        """A plain block of the same structure, with norms."""
+        from lightning_compressm.nn._mamba import MambaBlock
+
+        return MambaBlock(8, d_state, normalise=True), torch.randn(2, 12, 8)
+
+
+@register_family
+class ZambaFamily(SelectiveFamily):
+    """Mamba blocks with several heads, each with a B and a C of its own.
+
+    Recognised by structure: ``x_proj_weight`` (heads, rank + 2 N, channels), ``dt_proj_weight`` and
+    ``A_log`` (heads, channels, N).
+
+    Example:
+        >>> layer, _ = ZambaFamily().example(d_state=8)
+        >>> ZambaFamily().groups(layer)
+        2
+    """
+
+    name: ClassVar[str] = "Zamba"
+    layers: ClassVar[str] = "transformers `ZambaMambaMixer`"
+    refit: ClassVar[Literal["readout", "local"]] = "readout"
+    state_dim_attributes: ClassVar[tuple[str, ...]] = ("d_state", "ssm_state_size")
+
+    def matches(self, module: nn.Module) -> bool:
+        """Whether the parameters are there, with shapes that fit together."""
+        own = module._parameters
+        names = ("x_proj_weight", "dt_proj_weight", "A_log")
+        tensors = [own.get(name) for name in names]
+        if any(t is None or t.ndim != 3 for t in tensors) or not hasattr(module, "conv1d"):
+            return False
+        x_proj, dt_proj, a_log = (t.shape for t in tensors if t is not None)
+        return (
+            x_proj[0] == dt_proj[0] == a_log[0]
+            and x_proj[2] == dt_proj[1] == a_log[1]
+            and x_proj[1] == dt_proj[2] + 2 * a_log[2]
+        )
+
+    def groups(self, module: nn.Module) -> int:
+        """The number of heads."""
+        return int(shape_source(module, "A_log").shape[0])
+
+    def state_dim(self, module: nn.Module) -> int:
+        """The last dimension of ``A_log``."""
+        return int(shape_source(module, "A_log").shape[-1])
+
+    def state_dim_in(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> int | None:
+        """The last dimension of the saved ``A_log``."""
+        saved = tensors.get("A_log")
+        return int(saved.shape[-1]) if saved is not None and saved.ndim == 3 else None
+
+    def state_entries(self, module: nn.Module, keep: Tensor) -> dict[str, tuple[int, Tensor]]:
+        """Head by head, since each keeps states of its own."""
+        heads, n = self.groups(module), self.state_dim(module)
+        rank = int(shape_source(module, "dt_proj_weight").shape[2])
+        rows = [rows_of_blocks(rank + 2 * n, rank, k.unsqueeze(0), n, 2) for k in keep]
+        assert len(rows) == heads
+        return {"A_log": (2, keep), "x_proj_weight": (1, torch.stack(rows))}
+
+    def signals(self, module: nn.Module, inputs: Tensor) -> SelectiveSignals:
+        """Run the projections and the convolution again."""
+        own: Any = module
+        heads, length = self.groups(module), inputs.shape[1]
+        x, z = own.in_proj(inputs).unflatten(-1, (-1, 2)).unbind(-1)
+        x = torch.unflatten(F.silu(own.conv1d(x.mT)[..., :length].mT), -1, (heads, -1))
+        rank, n = own.dt_proj_weight.shape[2], self.state_dim(module)
+        projected = torch.einsum("blhp,hrp->blhr", x, own.x_proj_weight)
+        dt, B, C = torch.split(projected, [rank, n, n], -1)
+        dt = torch.einsum("blhr,hpr->blhp", dt, own.dt_proj_weight)
+        dt = F.softplus(dt + own.dt_proj_bias)
+        gate = torch.unflatten(F.silu(z), -1, (heads, -1))
+        weight = gate * own.out_proj.weight.norm(dim=0).view(heads, -1)
+        return SelectiveSignals(dt, -torch.exp(own.A_log.float()), B, C, x, weight)
+
+    def write_readout(self, module: nn.Module, keep: Tensor, delta: Tensor) -> dict[str, Tensor]:
+        """New C rows of every head."""
+        weight = tensor_of(module, "x_proj_weight").detach()
+        rank, n = int(shape_source(module, "dt_proj_weight").shape[2]), self.state_dim(module)
+        heads = zip(weight, keep, delta, strict=True)
+        return {
+            "x_proj_weight": torch.stack([_with_readout(w, rank, n, k, d) for w, k, d in heads])
+        }
+
+    def shared_attributes(self, model: nn.Module, state_dim: int | None) -> dict[str, Any]:
+        """The config of transformers' models."""
+        return config_attributes(model, self.matches, ("mamba_d_state",), state_dim)
+
+    def example(self, d_state: int = 8) -> tuple[nn.Module, Tensor]:
+        """A plain block of the same structure with two heads."""
+        from lightning_compressm.nn._mamba import MultiHeadMambaBlock
+
+        return MultiHeadMambaBlock(8, d_state, heads=2), torch.randn(2, 12, 8)
+
+
+def _is_mamba(module: nn.Module) -> bool:
+    a_log = module._parameters.get("A_log")
+    parts = [module._modules.get(name) for name in _PARTS]
+    if a_log is None or a_log.ndim != 2 or any(part is None for part in parts):
+        return False
+    weights = [getattr(module._modules[name], "weight", None) for name in ("x_proj", "dt_proj")]
+    if any(w is None or w.ndim != 2 for w in weights):
+        return False
+    x_proj, dt_proj = (w.shape for w in weights if w is not None)
+    channels, n = a_log.shape
+    return bool(
+        x_proj[1] == dt_proj[0] == channels
+        and x_proj[0] == dt_proj[1] + 2 * n
+        and getattr(module.x_proj, "bias", None) is None
+    )
+
+
+def _norms(module: nn.Module) -> list[str]:
+    """Names of the norms of B and C that are there."""
+    return [name for name in _NORMS if module._modules.get(name) is not None]
+
+
+def _all_norms(module: nn.Module) -> dict[str, Any]:
+    """The norms by what they are applied to: dt, b, c."""
+    names = ("dt_layernorm", *_norms(module))
+    there = {name: module._modules.get(name) for name in names}
+    return {name.split("_")[0].lower(): norm for name, norm in there.items() if norm is not None}
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _dt_rank(module: nn.Module) -> int:
+    return int(shape_source(module, "dt_proj.weight").shape[1])
+
+
+def _rows(module: nn.Module) -> int:
+    return int(shape_source(module, "x_proj.weight").shape[0])
+
+
+def _reads_config(module: nn.Module, config: Any) -> bool:
+    """mamba.py's blocks have no size of their own."""
+    own = hasattr(module, "d_state") or hasattr(module, "ssm_state_size")
+    return config is not None and hasattr(config, "d_state") and not own
+
+
+def _with_readout(weight: Tensor, rank: int, n: int, keep: Tensor, delta: Tensor) -> Tensor:
+    """Rows for dt, B of the kept states, and C of the kept states plus ``delta`` times all of C."""
+    keep = keep.to(weight.device)
+    read = double(weight[rank + n :])
+    change = delta.to(read.device) @ read
+    # Kept rows are copied, not computed, so that no change leaves them to the bit as they were.
+    rows = weight[rank + n :][keep]
+    new = torch.where(change == 0, rows, (double(rows) + change).to(weight.dtype).to(weight.device))
+    return torch.cat([weight[:rank], weight[rank : rank + n][keep], new])
