@@ -97,15 +97,15 @@ def model_attributes(model: nn.Module, state_dims: Mapping[str, int]) -> dict[st
         >>> model_attributes(nn.Linear(2, 2), {})
         {}
     """
-    found: dict[str, tuple[SelectiveFamily, set[int]]] = {}
+    found: dict[str, tuple[SelectiveFamily, dict[str, int]]] = {}
     for path, module in model.named_modules():
         family = find_family(module)
         if isinstance(family, SelectiveFamily):
-            dims = found.setdefault(family.name, (family, set()))[1]
-            dims.add(state_dims.get(path, family.state_dim(module)))
+            dims = found.setdefault(family.name, (family, {}))[1]
+            dims[path] = state_dims.get(path, family.state_dim(module))
     attributes: dict[str, Any] = {}
     for family, dims in found.values():
-        attributes |= family.shared_attributes(model, dims.pop() if len(dims) == 1 else None)
+        attributes |= family.shared_attributes(model, dims)
     return attributes
 
 

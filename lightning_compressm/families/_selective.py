@@ -81,12 +81,12 @@ class SelectiveFamily(FamilyBase):
         tensor: Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
         return tensor
 
-    def shared_attributes(self, model: nn.Module, state_dim: int | None) -> dict[str, Any]:
+    def shared_attributes(self, model: nn.Module, state_dims: Mapping[str, int]) -> dict[str, Any]:
         """Attributes of the whole model that say how many states its layers have.
 
         Args:
             model: the root of the model.
-            state_dim: of all its layers of this family, ``None`` if they differ.
+            state_dims: path of each of its layers of this family -> its state dimension to be.
         """
         return {}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -11,40 +11,53 @@ __all__ = ["config_attributes"]
 
 
 def config_attributes(
-    model: nn.Module,
-    matches: Callable[[nn.Module], bool],
-    names: Sequence[str],
-    state_dim: int | None,
+    model: nn.Module, state_dims: Mapping[str, int], names: Sequence[str]
 ) -> dict[str, Any]:
-    """Where configs of transformers' models in ``model`` hold the state dimension.
+    """What configs of transformers' models in ``model`` say of the state dimension.
 
-    A config has room for one state dimension. If the layers differ it is left as it is: the saved
-    model then refuses to load with it instead of computing something else.
+    A config has one state dimension for all layers. Where they differ, the config says so in its
+    ``per_layer_config``: transformers' Mamba models can't be built from such a config, so that
+    ``from_pretrained`` raises instead of computing something else.
 
     Args:
         model: a model of transformers, or one that contains some.
-        matches: whether a module is a layer of the family.
+        state_dims: path of each layer of a family -> its state dimension.
         names: how configs call the state dimension.
-        state_dim: of all layers, ``None`` if they differ.
 
     Returns:
         Dotted attribute name -> new value.
 
     Example:
-        >>> config_attributes(nn.Linear(2, 2), lambda module: False, ("state_size",), 4)
+        >>> config_attributes(nn.Linear(2, 2), {}, ("state_size",))
         {}
     """
-    if state_dim is None:
-        return {}
     attributes: dict[str, Any] = {}
     seen: set[int] = set()
     for path, module in model.named_modules():
         config = getattr(module, "config", None)
         theirs = type(module).__module__.partition(".")[0] == "transformers"
-        if not theirs or id(config) in seen or not any(matches(m) for m in module.modules()):
+        dims = {p: d for p, d in state_dims.items() if not path or f"{p}.".startswith(f"{path}.")}
+        if not theirs or config is None or id(config) in seen or not dims:
             continue
         seen.add(id(config))
-        for name in names:
-            if getattr(config, name, None) is not None:
-                attributes[f"{path}.config.{name}".lstrip(".")] = state_dim
+        same = len(set(dims.values())) == 1
+        index = {path: getattr(model.get_submodule(path), "layer_idx", None) for path in dims}
+        # Reading an attribute that differs between layers raises, so it is looked up in `vars`.
+        for name in (n for n in names if vars(config).get(n) is not None):
+            found = {name: next(iter(dims.values()))} if same else {}
+            layers = {int(i): dims[p] for p, i in index.items() if i is not None and not same}
+            found |= _per_layer(config, name, layers)
+            attributes |= {f"{path}.config.{key}".lstrip("."): v for key, v in found.items()}
     return attributes
+
+
+def _per_layer(config: Any, name: str, layers: Mapping[int, int]) -> dict[str, Any]:
+    """The config's ``per_layer_config`` with other values for ``name``, if that changes it."""
+    if not hasattr(type(config), "per_layer_config"):
+        return {}
+    old = config.to_dict().get("per_layer_config") or {}
+    new = {int(i): {k: v for k, v in own.items() if k != name} for i, own in old.items()}
+    for i, state_dim in layers.items():
+        new.setdefault(i, {})[name] = state_dim
+    new = {i: own for i, own in new.items() if own}
+    return {"per_layer_config": new or None} if new or old else {}

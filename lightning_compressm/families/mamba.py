@@ -27,6 +27,8 @@ from lightning_compressm.families._transformers import config_attributes
 __all__ = ["MambaFamily", "NormalisedMambaFamily", "ZambaFamily"]
 
 _PARTS = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
+# The other direction of Vision Mamba's blocks, as its authors and as mamba.py call it.
+_BACKWARD = ("A_b_log", "A_log_b")
 _NORMS = ("b_layernorm", "B_layernorm", "c_layernorm", "C_layernorm")
 
 
@@ -53,6 +55,14 @@ class MambaFamily(SelectiveFamily):
     def matches(self, module: nn.Module) -> bool:
         """Whether the parts are there, with shapes that fit together, and no norms of B and C."""
         return _is_mamba(module) and not _norms(module)
+
+    def refuse(self, module: nn.Module) -> None:
+        """Refuse blocks that also read the sequence backwards."""
+        if any(name in module._parameters for name in _BACKWARD):
+            raise UnsupportedLayerError(
+                f"{type(module).__name__} reads the sequence in both directions and has states of "
+                "its own for each; expected a block with one direction. Put it into `ignore`."
+            )
 
     def state_dim(self, module: nn.Module) -> int:
         """The number of columns of ``A_log``."""
@@ -98,19 +108,21 @@ class MambaFamily(SelectiveFamily):
         n, rank = self.state_dim(module), _dt_rank(module)
         return {"x_proj.weight": _with_readout(weight, rank, n, keep[0], delta[0])}
 
-    def shared_attributes(self, model: nn.Module, state_dim: int | None) -> dict[str, Any]:
+    def shared_attributes(self, model: nn.Module, state_dims: Mapping[str, int]) -> dict[str, Any]:
         """The config of transformers' models, and the one that mamba.py's blocks read."""
         names = ("state_size", "mamba_d_state", "d_state")
-        found = config_attributes(model, self.matches, names, state_dim)
-        for path, module in model.named_modules():
-            config = getattr(module, "config", None)
-            if not (self.matches(module) and _reads_config(module, config)):
+        found = config_attributes(model, state_dims, names)
+        readers: dict[int, tuple[str, int]] = {}
+        for path, state_dim in state_dims.items():
+            config = getattr(model.get_submodule(path), "config", None)
+            if not _reads_config(model.get_submodule(path), config):
                 continue
-            if state_dim is None:
+            other, theirs = readers.setdefault(id(config), (path, state_dim))
+            if theirs != state_dim:
                 raise UnsupportedLayerError(
-                    f"'{path}' reads its state dimension from a config that all layers share, so "
-                    "all need the same one; got different ones. Use share_state_dim=True (and "
-                    "leave no layer of this kind out)."
+                    f"'{path}' and '{other}' read their state dimension from one config, so they "
+                    f"need the same one; got {state_dim} and {theirs}. Use share_state_dim=True "
+                    "(and leave no layer of this kind out)."
                 )
             found[f"{path}.config.d_state".lstrip(".")] = state_dim
         return found
@@ -248,9 +260,9 @@ class ZambaFamily(SelectiveFamily):
             "x_proj_weight": torch.stack([_with_readout(w, rank, n, k, d) for w, k, d in heads])
         }
 
-    def shared_attributes(self, model: nn.Module, state_dim: int | None) -> dict[str, Any]:
+    def shared_attributes(self, model: nn.Module, state_dims: Mapping[str, int]) -> dict[str, Any]:
         """The config of transformers' models."""
-        return config_attributes(model, self.matches, ("mamba_d_state",), state_dim)
+        return config_attributes(model, state_dims, ("mamba_d_state",))
 
     def example(self, d_state: int = 8) -> tuple[nn.Module, Tensor]:
         """A plain block of the same structure with two heads."""

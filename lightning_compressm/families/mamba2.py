@@ -160,10 +160,10 @@ class Mamba2Family(SelectiveFamily):
         names = ("in_proj.weight", "conv1d.weight", "conv1d.bias")
         return tuple(name for name in names if _has(module, name))
 
-    def shared_attributes(self, model: nn.Module, state_dim: int | None) -> dict[str, Any]:
+    def shared_attributes(self, model: nn.Module, state_dims: Mapping[str, int]) -> dict[str, Any]:
         """The config of transformers' models."""
         names = ("state_size", "mamba_d_state", "ssm_state_size")
-        return config_attributes(model, self.matches, names, state_dim)
+        return config_attributes(model, state_dims, names)
 
     def example(self, d_state: int = 8) -> tuple[nn.Module, Tensor]:
         """A plain block with two groups."""

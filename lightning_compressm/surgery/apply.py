@@ -210,7 +210,20 @@ def _restorer(owner: nn.Module, key: str, tensor: Tensor) -> Callable[[], None]:
 
 
 def _attribute_restorer(owner: Any, key: str) -> Callable[[], None]:
+    if not isinstance(owner, nn.Module) and hasattr(owner, "__dict__"):
+        # Configs have properties that can't be set to what they give.
+        return _content_restorer(vars(owner))
     if not hasattr(owner, key):
         return lambda: delattr(owner, key)
     old = getattr(owner, key)
     return lambda: setattr(owner, key, old)
+
+
+def _content_restorer(content: dict[str, Any]) -> Callable[[], None]:
+    before = dict(content)
+
+    def restore() -> None:
+        content.clear()
+        content.update(before)
+
+    return restore
