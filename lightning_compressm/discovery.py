@@ -12,6 +12,7 @@ from torch import nn
 from lightning_compressm.errors import UnsupportedLayerError
 from lightning_compressm.families import find_family, registered_families
 from lightning_compressm.families._base import FamilyBase, tensor_of
+from lightning_compressm.families._refused import refusal_reason
 
 __all__ = ["SSMLayer", "find_ssm_layers", "select_layers"]
 
@@ -63,7 +64,7 @@ def find_ssm_layers(model: nn.Module) -> dict[str, SSMLayer]:
     for path, module in model.named_modules():
         family = find_family(module)
         if family is not None:
-            name = ".".join(part for part in path.split(".") if part != "_orig_mod")
+            name = _plain_name(path)
             found[name] = SSMLayer(name, path, module, family)
     return found
 
@@ -83,7 +84,7 @@ def select_layers(
 
     Raises:
         UnsupportedLayerError: if nothing is left, two layers share some of their tensors, or a
-            chosen layer is of a kind that can't be reduced.
+            chosen layer is of a kind that can't be reduced (patterns may name these too).
         ValueError: if a pattern matches no SSM layer.
 
     Example:
@@ -92,28 +93,50 @@ def select_layers(
         >>> list(select_layers(nn.Sequential(LRU(4, 8), LRU(4, 8)), ignore=["0"]))
         ['1']
     """
-    found = find_ssm_layers(model)
-    if not found:
+    found, refused = find_ssm_layers(model), _find_refused(model)
+    names = [*found, *refused]
+    if not names:
         raise UnsupportedLayerError(_nothing_found(model))
     for pattern in (*(layers or ()), *(ignore or ())):
-        if not any(fnmatchcase(name, pattern) for name in found):
+        if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(
                 f"the pattern {pattern!r} matches no SSM layer; expected one of: "
-                f"{', '.join(map(repr, found))}."
+                f"{', '.join(map(repr, names))}."
             )
-    chosen = {
-        name: layer
-        for name, layer in found.items()
+    left = [
+        name
+        for name in names
         if (layers is None or _matches(name, layers)) and not _matches(name, ignore or ())
-    }
-    if not chosen:
+    ]
+    for name in left:
+        if name in refused:
+            raise UnsupportedLayerError(
+                f"'{name}' can't be reduced: {refused[name]}. Put it into `ignore`."
+            )
+    if not left:
         raise UnsupportedLayerError(
-            f"`layers` and `ignore` leave none of the SSM layers {', '.join(map(repr, found))}."
+            f"`layers` and `ignore` leave none of the SSM layers {', '.join(map(repr, names))}."
         )
+    chosen = {name: found[name] for name in left}
     for layer in chosen.values():
         layer.family.refuse(layer.module)
     _check_sharing(chosen.values())
     return chosen
+
+
+def _find_refused(model: nn.Module) -> dict[str, str]:
+    """Name of a layer that is known but can't be reduced -> its class and why."""
+    refused: dict[str, str] = {}
+    for path, module in model.named_modules():
+        reason = refusal_reason(module)
+        if reason is not None and find_family(module) is None:
+            refused[_plain_name(path)] = f"{type(module).__name__} {reason}"
+    return refused
+
+
+def _plain_name(path: str) -> str:
+    """A module's name without the wrappers of ``torch.compile``."""
+    return ".".join(part for part in path.split(".") if part != "_orig_mod")
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
