@@ -11,8 +11,8 @@ from lightning_compressm.recording import Processes
 
 __all__ = ["fit_output", "output_error"]
 
-STEPS = 60
-LEARNING_RATE = 3e-3
+STEPS = 120
+LEARNING_RATE = 0.06
 
 Runs = Iterable[tuple[Tensor, Tensor]]
 """Pairs of an output and what it should be."""

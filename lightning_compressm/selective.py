@@ -31,7 +31,7 @@ from lightning_compressm.surgery.plan import SurgeryPlan, TensorEdit
 
 __all__ = ["SelectiveAnalysis", "analyse_selective"]
 
-AUTO_CRITERION = "averaged_lti"
+AUTO_CRITERION = "greedy"
 MAX_TOKENS = 16384  # steps of calibration data that a layer is analysed on, for each batch
 _RETRIES = 3
 
