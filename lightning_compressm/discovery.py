@@ -111,7 +111,7 @@ def select_layers(
     for name in left:
         if name in refused:
             raise UnsupportedLayerError(
-                f"'{name}' can't be reduced: {refused[name]}. Put it into `ignore`."
+                f"{name or 'the model'} can't be reduced: {refused[name]}. Put it into `ignore`."
             )
     if not left:
         raise UnsupportedLayerError(
