@@ -83,9 +83,10 @@ class MambaFamily(SelectiveFamily):
         }
 
     def attributes(self, module: nn.Module, state_dim: int) -> dict[str, Any]:
-        """Also the size of ``x_proj``."""
-        rows = _dt_rank(module) + 2 * state_dim
-        return super().attributes(module, state_dim) | {"x_proj.out_features": rows}
+        """Also the size of ``x_proj``, and the config that mamba.py's blocks read."""
+        found = super().attributes(module, state_dim)
+        found["x_proj.out_features"] = _dt_rank(module) + 2 * state_dim
+        return found | ({"config.d_state": state_dim} if _reads_config(module) else {})
 
     def signals(self, module: nn.Module, inputs: Tensor) -> SelectiveSignals:
         """Run the projections and the convolution again."""
@@ -109,22 +110,21 @@ class MambaFamily(SelectiveFamily):
         return {"x_proj.weight": _with_readout(weight, rank, n, keep[0], delta[0])}
 
     def shared_attributes(self, model: nn.Module, state_dims: Mapping[str, int]) -> dict[str, Any]:
-        """The config of transformers' models, and the one that mamba.py's blocks read."""
+        """The config of transformers' models; mamba.py's has room for one state dimension."""
         names = ("state_size", "mamba_d_state", "d_state")
         found = config_attributes(model, state_dims, names)
         readers: dict[int, tuple[str, int]] = {}
         for path, state_dim in state_dims.items():
-            config = getattr(model.get_submodule(path), "config", None)
-            if not _reads_config(model.get_submodule(path), config):
+            block: Any = model.get_submodule(path)
+            if not _reads_config(block):
                 continue
-            other, theirs = readers.setdefault(id(config), (path, state_dim))
+            other, theirs = readers.setdefault(id(block.config), (path, state_dim))
             if theirs != state_dim:
                 raise UnsupportedLayerError(
                     f"'{path}' and '{other}' read their state dimension from one config, so they "
                     f"need the same one; got {state_dim} and {theirs}. Use share_state_dim=True "
                     "(and leave no layer of this kind out)."
                 )
-            found[f"{path}.config.d_state".lstrip(".")] = state_dim
         return found
 
     def example(self, d_state: int = 8) -> tuple[nn.Module, Tensor]:
@@ -158,7 +158,7 @@ class NormalisedMambaFamily(MambaFamily):
 
     def state_entries(self, module: nn.Module, keep: Tensor) -> dict[str, tuple[int, Tensor]]:
         """Also the weights of the norms."""
-        norms = {f"{name}.weight": (0, keep[0]) for name in _norms(module)}
+        norms = {name: (0, keep[0]) for name in _norm_weights(module)}
         return super().state_entries(module, keep) | norms
 
     def attributes(self, module: nn.Module, state_dim: int) -> dict[str, Any]:
@@ -172,9 +172,8 @@ class NormalisedMambaFamily(MambaFamily):
 
     def local_tensors(self, module: nn.Module) -> tuple[str, ...]:
         """``x_proj`` and the trainable weights of the norms."""
-        norms = (f"{name}.weight" for name in _norms(module))
-        trained = (n for n in norms if isinstance(shape_source(module, n), nn.Parameter))
-        return ("x_proj.weight", *trained)
+        weights = ((name, shape_source(module, name)) for name in _norm_weights(module))
+        return ("x_proj.weight", *(n for n, w in weights if isinstance(w, nn.Parameter)))
 
     def example(self, d_state: int = 8) -> tuple[nn.Module, Tensor]:
         """A plain block of the same structure, with norms."""
@@ -293,6 +292,14 @@ def _norms(module: nn.Module) -> list[str]:
     return [name for name in _NORMS if module._modules.get(name) is not None]
 
 
+def _norm_weights(module: nn.Module) -> list[str]:
+    """Names of the weights that these norms have; some have none."""
+    norms = {name: getattr(module, name) for name in _norms(module)}
+    return [
+        f"{n}.weight" for n, norm in norms.items() if torch.is_tensor(getattr(norm, "weight", None))
+    ]
+
+
 def _all_norms(module: nn.Module) -> dict[str, Any]:
     """The norms by what they are applied to: dt, b, c."""
     names = ("dt_layernorm", *_norms(module))
@@ -312,10 +319,10 @@ def _rows(module: nn.Module) -> int:
     return int(shape_source(module, "x_proj.weight").shape[0])
 
 
-def _reads_config(module: nn.Module, config: Any) -> bool:
+def _reads_config(module: nn.Module) -> bool:
     """mamba.py's blocks have no size of their own."""
     own = hasattr(module, "d_state") or hasattr(module, "ssm_state_size")
-    return config is not None and hasattr(config, "d_state") and not own
+    return hasattr(getattr(module, "config", None), "d_state") and not own
 
 
 def _with_readout(weight: Tensor, rank: int, n: int, keep: Tensor, delta: Tensor) -> Tensor:
