@@ -143,3 +143,41 @@ def test_length_dim_is_the_familys(monkeypatch: pytest.MonkeyPatch):
     with CallRecorder(find_ssm_layers(layer)) as recorder:
         layer(torch.zeros(3, 10, 2))
     assert recorder.lengths == {"": 3}
+
+
+# -- known layers that can't be reduced ----------------------------------------------------------
+
+
+def _mamba3() -> nn.Module:
+    """A class of the qualified name that is looked for."""
+    body = {"__module__": "mamba_ssm.modules.mamba3", "__qualname__": "Mamba3"}
+    return type("Mamba3", (nn.Linear,), body)(2, 2)
+
+
+@pytest.mark.parametrize("patterns", [{}, {"layers": ["b*"]}, {"ignore": ["lru"]}])
+def test_a_layer_that_is_known_but_not_supported_is_refused(patterns: dict[str, list[str]]):
+    model = nn.ModuleDict({"lru": LRU(2, 4), "block": nn.Sequential(_mamba3())})
+    with pytest.raises(UnsupportedLayerError, match=r"block\.0 .* Mamba3 rotates .* `ignore`"):
+        select_layers(model, **patterns)
+
+
+@pytest.mark.parametrize("patterns", [{"layers": ["lru"]}, {"ignore": ["block.*"]}])
+def test_it_can_be_left_out(patterns: dict[str, list[str]]):
+    model = nn.ModuleDict({"lru": LRU(2, 4), "block": nn.Sequential(_mamba3())})
+    assert list(select_layers(model, **patterns)) == ["lru"]
+    assert list(find_ssm_layers(model)) == ["lru"]
+
+
+def test_a_subclass_is_refused_and_leaving_out_all_is_an_error():
+    own = type("Own", (type(_mamba3()),), {})(2, 2)
+    with pytest.raises(UnsupportedLayerError, match="the model can't be reduced: Own rotates"):
+        select_layers(own)
+    with pytest.raises(UnsupportedLayerError, match="leave none of the SSM layers '0'"):
+        select_layers(nn.Sequential(own), ignore=["0"])
+
+
+def test_a_users_own_family_makes_it_supported(monkeypatch: pytest.MonkeyPatch):
+    layer = _mamba3()
+    monkeypatch.setattr(LRUFamily, "matches", lambda self, module: module is layer)
+    monkeypatch.setattr(LRUFamily, "state_axes", lambda self, module: {"weight": 0})
+    assert list(select_layers(nn.Sequential(layer))) == ["0"]
