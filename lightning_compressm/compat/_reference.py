@@ -130,6 +130,8 @@ def mamba_chunk_scan_combined(
     y, last = state_space_dual(
         x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, initial_states, seq_idx
     )
+    # As the kernel's is: callers take views of it.
+    y = y.contiguous()
     return (y, last) if return_final_states else y
 
 

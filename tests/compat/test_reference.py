@@ -45,6 +45,12 @@ def test_causal_conv_step_by_step():
     assert torch.equal(state, x[..., -4:])
 
 
+def test_callers_can_take_views_of_a_scan():
+    x, B = double(2, 9, 4, 3), double(2, 9, 1, 5)
+    result = _reference.mamba_chunk_scan_combined(x, double(2, 9, 4), -double(4).abs(), B, B)
+    assert result.view(2, 9, -1).shape == (2, 9, 12)
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_state_update_with_heads(groups: int):
     state, x, dt, z = double(2, 4, 3, 5), *(double(2, 4, 3) for _ in range(3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -171,7 +172,13 @@ def test_undo_puts_the_config_back(name: str):
 
 
 @each_kind
-def test_dropping_states_that_are_not_read(name: str):
+def test_dropping_states_that_are_not_read(name: str, monkeypatch: pytest.MonkeyPatch):
+    if name in EXACT:
+        # Other tests put faster scans here, whose sums are rounded in another order.
+        module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+        scan = module.mamba_selective_scan
+        loop = getattr(scan, "_compressm_slow", scan).__wrapped__
+        monkeypatch.setattr(module, "mamba_selective_scan", loop)
     model = model_like(name)
     keep = stop_reading(model, kept=5)
     before = logits(model)
