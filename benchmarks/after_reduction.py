@@ -9,25 +9,31 @@ from __future__ import annotations
 
 import argparse
 import copy
-import hashlib
-import json
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor, nn
 
+from benchmarks.cuts import (
+    AS_TRAINED,
+    Cut,
+    kept_path,
+    load_or_train,
+    make_rows,
+    points_lost,
+    print_table,
+    write_files,
+)
 from benchmarks.data.sequences import SequenceDataModule
 from benchmarks.models import ClassifierModule
-from benchmarks.tables import make_console, markdown_table
+from benchmarks.tables import make_console
 from benchmarks.training import (
     TASKS,
     EpochProgress,
@@ -68,25 +74,6 @@ class Settings:
     target: float | None = None
 
 
-@dataclass(frozen=True)
-class Cut:
-    """One network after one reduction.
-
-    Attributes:
-        seed: Of the network.
-        recipe: Of the reduction.
-        state_dim: States left; `STATE_DIM` for the network as trained.
-        accuracy: On the test set, in [0, 1].
-        loss: Cross-entropy on the test set.
-    """
-
-    seed: int
-    recipe: str
-    state_dim: int
-    accuracy: float
-    loss: float
-
-
 def recipes(length: int) -> dict[str, dict[str, Any]]:
     """Label -> arguments of `compress`, for sequences of `length` steps."""
     return {
@@ -105,7 +92,7 @@ def run(settings: Settings, console: Console) -> list[Cut]:
     for seed in settings.seeds:
         module, data = trained(settings, seed, console)
         sequences, classes = data.tensors("test")
-        cuts.append(Cut(seed, "", STATE_DIM, *evaluate(module, sequences, classes)))
+        cuts.append(Cut(seed, AS_TRAINED, STATE_DIM, *evaluate(module, sequences, classes)))
         sample = data.tensors("train")[0][: data.batch_size]
         for state_dim in settings.state_dims:
             for recipe, arguments in recipes(data.length).items():
@@ -122,18 +109,14 @@ def trained(
     task = TASKS[settings.task]
     module, data = build(task, seed, STATE_DIM, D_MODEL)
     path = weights_path(settings, seed, module, task)
-    if path.exists():
-        module.load_state_dict(torch.load(path, weights_only=True))
-        return module.eval(), data
-    with Progress(console=console, transient=True) as progress:
-        bar = progress.add_task(f"training, seed {seed}", total=settings.steps)
-        callback = EpochProgress(lambda step: progress.update(bar, completed=step))
-        make_trainer(settings.steps, [callback]).fit(module, data)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Renamed when it is complete: an interrupted run leaves nothing half written.
-    partial = path.with_suffix(".part")
-    torch.save(module.state_dict(), partial)
-    partial.replace(path)
+
+    def train() -> None:
+        with Progress(console=console, transient=True) as progress:
+            bar = progress.add_task(f"training, seed {seed}", total=settings.steps)
+            callback = EpochProgress(lambda step: progress.update(bar, completed=step))
+            make_trainer(settings.steps, [callback]).fit(module, data)
+
+    load_or_train(path, module, train)
     return module.eval(), data
 
 
@@ -144,11 +127,8 @@ def weights_path(settings: Settings, seed: int, module: ClassifierModule, task: 
         "hparams": dict(module.hparams),
         "pool": task.pool,
         "steps": settings.steps,
-        "torch": torch.__version__,
     }
-    text = json.dumps(recipe, sort_keys=True, default=str)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:10]
-    return settings.output / "weights" / f"{settings.task}-seed{seed}-{digest}.pt"
+    return kept_path(settings.output, f"{settings.task}-seed{seed}", recipe)
 
 
 @torch.no_grad()
@@ -160,62 +140,11 @@ def evaluate(model: nn.Module, sequences: Tensor, classes: Tensor) -> tuple[floa
     return accuracy, F.cross_entropy(logits, classes).item()
 
 
-HEADER = ("recipe", "states", "accuracy", "each seed", "points lost", "loss")
-
-
-def make_rows(cuts: Iterable[Cut]) -> list[tuple[str, ...]]:
-    """One row for the networks as trained, then one for each number of states and recipe."""
-    groups: dict[tuple[int, str], list[Cut]] = {}
-    for cut in cuts:
-        groups.setdefault((cut.state_dim, cut.recipe), []).append(cut)
-    full = mean(cut.accuracy for cut in groups[STATE_DIM, ""])
-    return [
-        (
-            recipe or "as trained",
-            str(state_dim),
-            f"{mean(c.accuracy for c in members):.3f}",
-            " ".join(f"{c.accuracy:.3f}" for c in members),
-            f"{100 * (full - mean(c.accuracy for c in members)):.1f}" if recipe else "",
-            f"{mean(c.loss for c in members):.3f}",
-        )
-        for (state_dim, recipe), members in groups.items()
-    ]
-
-
-def points_lost(cuts: Iterable[Cut], recipe: str, state_dim: int) -> float:
-    """Points of mean test accuracy between the networks as trained and cut to `state_dim`."""
-    accuracy: dict[int, list[float]] = {STATE_DIM: [], state_dim: []}
-    for cut in cuts:
-        if (cut.recipe == recipe and cut.state_dim == state_dim) or cut.state_dim == STATE_DIM:
-            accuracy[cut.state_dim].append(cut.accuracy)
-    return 100 * (mean(accuracy[STATE_DIM]) - mean(accuracy[state_dim]))
-
-
-def print_table(rows: Iterable[tuple[str, ...]], settings: Settings, console: Console) -> None:
-    table = Table(title=f"{settings.task}: right after one reduction, on the CPU")
-    for name in HEADER:
-        table.add_column(name)
-    last = None
-    for row in rows:
-        if last not in (None, row[1]):
-            table.add_section()
-        table.add_row(*row)
-        last = row[1]
-    console.print(table)
-
-
 def write_results(rows: list[tuple[str, ...]], cuts: list[Cut], settings: Settings) -> list[Path]:
     """Write the table as Markdown and all numbers as JSON."""
-    settings.output.mkdir(parents=True, exist_ok=True)
+    content = {**asdict(settings), "output": str(settings.output)}
     stem = settings.output / f"after_reduction_{settings.task}"
-    markdown, numbers = stem.with_suffix(".md"), stem.with_suffix(".json")
-    markdown.write_text(markdown_table(HEADER, rows) + f"\n{note(settings)}\n", encoding="utf-8")
-    content = {
-        "settings": {**asdict(settings), "output": str(settings.output)},
-        "cuts": [asdict(cut) for cut in cuts],
-    }
-    numbers.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    return [markdown, numbers]
+    return write_files(stem, rows, cuts, content, note(settings))
 
 
 def note(settings: Settings) -> str:
@@ -264,7 +193,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     use_one_thread()
     cuts = run(settings, console)
     rows = make_rows(cuts)
-    print_table(rows, settings, console)
+    print_table(rows, f"{settings.task}: right after one reduction, on the CPU", console)
     console.print(note(settings))
     for path in write_results(rows, cuts, settings):
         console.print(f"Wrote {path}")

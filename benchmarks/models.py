@@ -108,6 +108,17 @@ def warmup_cosine(step: int, total: int, warmup: float) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
+def planned_steps(trainer: L.Trainer) -> int:
+    """Optimizer steps of the whole run, which a cosine needs to know."""
+    total = trainer.estimated_stepping_batches
+    if not math.isfinite(total) or total < 1:
+        raise ValueError(
+            f"a cosine needs the number of steps, got {total}: give the Trainer max_steps or "
+            "max_epochs"
+        )
+    return int(total)
+
+
 class ClassifierModule(L.LightningModule):
     """Train a classifier with AdamW, linear warm-up and cosine, step by step.
 
@@ -192,7 +203,7 @@ class ClassifierModule(L.LightningModule):
             {"params": ssm, "lr": self.ssm_lr_factor * self.lr, "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(groups)
-        total = self._total_steps()
+        total = planned_steps(self.trainer)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: warmup_cosine(step, total, self.warmup)
         )
@@ -200,12 +211,3 @@ class ClassifierModule(L.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
-
-    def _total_steps(self) -> int:
-        total = self.trainer.estimated_stepping_batches
-        if not math.isfinite(total) or total < 1:
-            raise ValueError(
-                f"a cosine needs the number of steps, got {total}: give the Trainer max_steps or "
-                "max_epochs"
-            )
-        return int(total)

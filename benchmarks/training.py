@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -53,7 +53,11 @@ def build(
 
 
 def make_trainer(
-    steps: int, callbacks: Sequence[L.Callback] = (), *, validations: int = 0
+    steps: int,
+    callbacks: Sequence[L.Callback] = (),
+    *,
+    validations: int = 0,
+    clip: float | None = None,
 ) -> L.Trainer:
     """A Trainer on the CPU that runs `steps` optimizer steps and writes no files.
 
@@ -61,6 +65,7 @@ def make_trainer(
         steps: Optimizer steps.
         callbacks: Called in this order.
         validations: Validate about this often during the run; 0 for never.
+        clip: Largest norm of the gradient; None for any.
     """
     every = max(1, steps // (25 * validations)) if validations else None
     return L.Trainer(
@@ -71,6 +76,7 @@ def make_trainer(
         callbacks=list(callbacks),
         check_val_every_n_epoch=every or 1,
         limit_val_batches=1.0 if validations else 0,
+        gradient_clip_val=clip,
         num_sanity_val_steps=0,
         logger=False,
         enable_checkpointing=False,
@@ -82,7 +88,12 @@ def make_trainer(
 def quiet() -> None:
     """Keep Lightning's remarks out of the tables; its warnings of substance still come through."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for remark in (".*does not have many workers.*", ".*isinstance.treespec, LeafSpec.*"):
+    remarks = (
+        ".*does not have many workers.*",
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*no `validation_step`.*",
+    )
+    for remark in remarks:
         warnings.filterwarnings("ignore", remark)
 
 
@@ -99,3 +110,22 @@ class EpochProgress(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.report(trainer.global_step)
+
+
+class StepProgress(L.Callback):
+    """Call a function with the step after every `every` steps: for epochs that take minutes."""
+
+    def __init__(self, report: Callable[[int], None], every: int = 10) -> None:
+        self.report = report
+        self.every = every
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if trainer.global_step % self.every == 0:
+            self.report(trainer.global_step)

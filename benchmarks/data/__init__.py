@@ -2,5 +2,6 @@
 
 from benchmarks.data.delay import DelayDataModule
 from benchmarks.data.digits import DigitsDataModule
+from benchmarks.data.mqar import MQARDataModule
 
-__all__ = ["DelayDataModule", "DigitsDataModule"]
+__all__ = ["DelayDataModule", "DigitsDataModule", "MQARDataModule"]

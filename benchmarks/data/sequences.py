@@ -39,19 +39,17 @@ class SeededShuffle(Sampler[int]):
         return iter(torch.randperm(len(self.data), generator=generator).tolist())
 
 
-class SequenceDataModule(L.LightningDataModule):
-    """Sequences (samples, length, d_input) with one class each, held in memory.
+class InMemoryDataModule(L.LightningDataModule):
+    """Pairs of sequences and targets, held in memory.
 
-    A subclass names its sizes and builds its three splits; nothing is left to chance but the order
-    of the training batches, which `seed` fixes.
+    A subclass builds its three splits; nothing is left to chance but the order of the training
+    batches, which `seed` fixes.
 
     Args:
         batch_size: Sequences in a batch. The last, shorter training batch of an epoch is left out.
         seed: Fixes the order of the training batches, not the data.
     """
 
-    d_input: ClassVar[int]
-    n_classes: ClassVar[int]
     length: int
 
     def __init__(self, batch_size: int = 50, seed: int = 0) -> None:
@@ -64,17 +62,17 @@ class SequenceDataModule(L.LightningDataModule):
 
     @abstractmethod
     def build_splits(self) -> dict[Split, tuple[Tensor, Tensor]]:
-        """Return sequences (samples, length, d_input), float32, and classes (samples,) by split."""
+        """Return sequences and targets, each with one row for a sample, by split."""
 
     def setup(self, stage: str | None = None) -> None:
         if not self.splits:
             self.splits = {name: TensorDataset(*pair) for name, pair in self.build_splits().items()}
 
     def tensors(self, split: Split) -> tuple[Tensor, Tensor]:
-        """All sequences and classes of a split."""
+        """All sequences and targets of a split."""
         self.setup()
-        sequences, classes = self.splits[split].tensors
-        return sequences, classes
+        sequences, targets = self.splits[split].tensors
+        return sequences, targets
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         data = self.splits["train"]
@@ -90,3 +88,10 @@ class SequenceDataModule(L.LightningDataModule):
     def _in_order(self, split: Split) -> DataLoader[tuple[Tensor, ...]]:
         # Nothing is learnt here, so the batches may be bigger.
         return DataLoader(self.splits[split], batch_size=4 * self.batch_size)
+
+
+class SequenceDataModule(InMemoryDataModule):
+    """Sequences (samples, length, d_input), float32, with one class each: (samples,), int64."""
+
+    d_input: ClassVar[int]
+    n_classes: ClassVar[int]

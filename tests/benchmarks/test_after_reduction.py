@@ -21,9 +21,9 @@ def test_rows_compare_with_the_network_as_trained() -> None:
         )
     ]  # fmt: skip
     assert after_reduction.make_rows(cuts) == [
-        ("as trained", "128", "0.950", "1.000 0.900", "", "0.500"),
-        (PUBLISHED, "16", "0.750", "0.800 0.700", "20.0", "0.500"),
-        (DEFAULT, "16", "0.940", "0.990 0.890", "1.0", "0.500"),
+        ("as trained", "128", "0.950", "1.000 0.900", "", "0.5000"),
+        (PUBLISHED, "16", "0.750", "0.800 0.700", "20.0", "0.5000"),
+        (DEFAULT, "16", "0.940", "0.990 0.890", "1.0", "0.5000"),
     ]
 
 

@@ -85,11 +85,20 @@ def run_failing(tmp: Path) -> dict[str, Any]:
     return {"error": "", "d_state": model.net.first.d_state}
 
 
+def run_case(case: str, out: Path) -> dict[str, Any]:
+    kind, _, option = case.partition("/")
+    if kind == "selective":
+        from . import selective_models
+
+        return selective_models.run(option, out, devices=2)
+    return run_failing(out) if case == "failing" else run(case, out, devices=2)
+
+
 def main(out: Path, cases: list[str]) -> None:
     torch.set_num_threads(1)
     rank = os.environ.get("LOCAL_RANK", "0")
     for case in cases:
-        result = run_failing(out) if case == "failing" else run(case, out, devices=2)
+        result = run_case(case, out)
         torch.save(result, out / f"{case.replace('/', '-')}.{rank}.pt")
     if torch.distributed.is_initialized():
         # Left alive, gloo's threads can abort the interpreter while it exits.

@@ -1,0 +1,89 @@
+"""Lightning modules around other people's Mamba blocks, trained on a small recall task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_compressm import CompreSSMCallback, find_ssm_layers
+from lightning_compressm.compat import enable_fast_mamba_cpu, enable_mamba_ssm_cpu
+
+from .helpers import trainer
+
+TOKENS, LENGTH, BATCH, BATCHES = 12, 16, 8, 4
+
+
+def make_blocks(kind: str) -> nn.Module:
+    """A causal language model over TOKENS tokens that gives logits."""
+    if kind == "transformers":
+        enable_fast_mamba_cpu()
+        from transformers import MambaConfig, MambaForCausalLM
+
+        config = MambaConfig(vocab_size=TOKENS, hidden_size=16, num_hidden_layers=2, state_size=16)
+        return MambaForCausalLM(config)
+    enable_mamba_ssm_cpu()
+    from mamba_ssm import Mamba, Mamba2
+
+    def block() -> nn.Module:
+        return Mamba(16, 16) if kind == "mamba" else Mamba2(16, 16, headdim=8)
+
+    blocks = [nn.Sequential(nn.RMSNorm(16), block()) for _ in range(2)]
+    return nn.Sequential(nn.Embedding(TOKENS, 16), *blocks, nn.Linear(16, TOKENS))
+
+
+class Recall(pl.LightningModule):
+    """Predict the next token; each rank takes its share of the same global batch."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = make_blocks(kind)
+        self.losses: list[float] = []
+
+    def training_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
+        tokens = batch[0][self.global_rank :: self.trainer.world_size]
+        logits = self.net(tokens)
+        logits = getattr(logits, "logits", logits)
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=3e-3)
+
+
+def loader() -> DataLoader[Any]:
+    """Sequences that repeat their first half."""
+    half = torch.randint(
+        0, TOKENS, (BATCH * BATCHES, LENGTH // 2), generator=torch.Generator().manual_seed(0)
+    )
+    return DataLoader(TensorDataset(torch.cat([half, half], 1)), batch_size=BATCH)
+
+
+def run(kind: str, tmp: Path, *, devices: int = 1, **arguments: Any) -> dict[str, Any]:
+    """Train through a reduction to 4 of 16 states."""
+    model = Recall(kind)
+    settings: dict[str, Any] = {"state_dim": 4, "window": (0.0, 0.6), "verbose": False}
+    callback = CompreSSMCallback(**(settings | arguments))
+    if devices > 1:
+        # transformers' blocks leave nothing unused, mamba_ssm's neither.
+        strategy = {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": devices}
+    else:
+        strategy = {}
+    fit = trainer(tmp, callback, max_epochs=4, **strategy)
+    fit.fit(model, loader())
+    held = {id(p) for group in fit.optimizers[0].param_groups for p in group["params"]}
+    return {
+        "state_dict": model.state_dict(),
+        "history": [{**event, "seconds": 0.0} for event in callback.history],
+        "state_dims": callback.state_dims,
+        "found": {name: layer.state_dim for name, layer in find_ssm_layers(model).items()},
+        "losses": model.losses,
+        "in_optimizer": held == {id(p) for p in model.parameters()},
+    }

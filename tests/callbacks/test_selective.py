@@ -1,0 +1,123 @@
+"""Mamba blocks of mamba_ssm and transformers, trained through a reduction by a real Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_compressm.errors import CalibrationError
+
+from . import selective_models
+from .test_ddp import _launch, _load
+
+KINDS = {"mamba": "mamba_ssm", "mamba2": "mamba_ssm", "transformers": "transformers"}
+
+
+def _need(kind: str) -> None:
+    pytest.importorskip(KINDS[kind], reason=f"{KINDS[kind]} is not installed", exc_type=ImportError)
+
+
+@pytest.fixture(scope="module")
+def mamba_ssm_on_cpu() -> None:
+    """mamba_ssm can't be imported on a CPU without its compatibility layer."""
+    from importlib.util import find_spec
+
+    if find_spec("mamba_ssm") is not None:
+        from lightning_compressm.compat import enable_mamba_ssm_cpu
+
+        enable_mamba_ssm_cpu()
+
+
+@pytest.mark.usefixtures("mamba_ssm_on_cpu")
+@pytest.mark.parametrize("kind", KINDS)
+def test_trains_through_a_reduction(kind: str, tmp_path: Path) -> None:
+    _need(kind)
+    result = selective_models.run(kind, tmp_path)
+    events = [e for e in result["history"] if e["action"] == "reduce"]
+    assert len(events) == 2
+    assert {(e["old_state_dim"], e["new_state_dim"]) for e in events} == {(16, 4)}
+    assert all(0 <= e["output_error"] < 0.5 and e["error_bound"] is None for e in events)
+    assert set(result["state_dims"].values()) == {4}
+    assert result["found"] == result["state_dims"]
+    assert result["in_optimizer"]
+    losses = result["losses"]
+    assert all(torch.isfinite(torch.tensor(losses)))
+    assert sum(losses[-4:]) < sum(losses[:4])
+
+
+@pytest.mark.usefixtures("mamba_ssm_on_cpu")
+def test_energy_decides_by_default(tmp_path: Path) -> None:
+    _need("mamba")
+    result = selective_models.run("mamba", tmp_path, state_dim=None, tolerance=0.1)
+    events = [e for e in result["history"] if e["action"] == "reduce"]
+    assert events
+    assert all(e["energy_kept"] >= 0.9 for e in events)
+
+
+@pytest.mark.usefixtures("mamba_ssm_on_cpu")
+def test_a_cut_that_changes_too_much_is_skipped_with_a_reason(tmp_path: Path) -> None:
+    _need("mamba")
+    result = selective_models.run("mamba", tmp_path, max_output_error=1e-9)
+    assert {e["action"] for e in result["history"]} == {"skip"}
+    assert all("max_output_error" in e["reason"] for e in result["history"])
+    assert set(result["state_dims"].values()) == {16}
+
+
+@pytest.mark.usefixtures("mamba_ssm_on_cpu")
+def test_every_step_looks_at_the_latest_batches(tmp_path: Path) -> None:
+    _need("mamba")
+    result = selective_models.run(
+        "mamba",
+        tmp_path,
+        state_dim=None,
+        fraction=0.25,
+        window=(2, 4),
+        every_n_steps=2,
+        calibration_batches=2,
+    )
+    reduced = [e for e in result["history"] if e["action"] == "reduce"]
+    assert {e["step"] for e in reduced} == {2, 4}
+    assert set(result["state_dims"].values()) == {9}
+
+
+def test_a_layer_that_training_never_calls_is_named(tmp_path: Path) -> None:
+    from lightning_compressm.nn._mamba import MambaBlock
+
+    from .helpers import Classifier, loader, trainer
+
+    class Unused(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = MambaBlock(4, 8)
+
+    from lightning_compressm import CompreSSMCallback
+
+    fit = trainer(tmp_path, CompreSSMCallback(window=(0.0, 0.9)))
+    with pytest.raises(CalibrationError, match="unused"):
+        fit.fit(Unused(), loader())
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory, mamba_ssm_on_cpu: None) -> Path:
+    for kind in KINDS:
+        _need(kind)
+    out = tmp_path_factory.mktemp("selective")
+    _launch(out, *(f"selective/{kind}" for kind in KINDS))
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_sum_their_statistics(kind: str, two_ranks: Path, tmp_path: Path) -> None:
+    first, second = (_load(two_ranks, f"selective/{kind}", rank) for rank in (0, 1))
+    single: dict[str, Any] = selective_models.run(kind, tmp_path)
+    assert first["history"] == second["history"]
+    assert first["state_dims"] == second["state_dims"] == single["state_dims"]
+    assert set(first["state_dims"].values()) == {4}
+    assert first["in_optimizer"]
+    for name, value in first["state_dict"].items():
+        assert torch.equal(value, second["state_dict"][name]), f"{name} differs between ranks"
+        torch.testing.assert_close(value, single["state_dict"][name], rtol=1e-2, atol=1e-2)
