@@ -29,7 +29,7 @@ endef
 MARKS := $(if $(filter true 1,$(CI)),,-m "not slow")
 ARGS ?=
 
-.PHONY: help install demo test test-all lint format docs clean distclean
+.PHONY: help install demo test test-all lint format docs table clean distclean
 
 help:  ## Show the targets
 	@echo "make TARGET [PYTHON=/path/to/python] [ARGS=\"more arguments\"]"
@@ -64,6 +64,9 @@ format: $(READY)  ## Format the code and apply the safe fixes
 docs: $(READY)  ## Build the site into docs/_build/html; a warning is an error
 	$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
+
+table: $(READY)  ## Write the table of supported layers into README and docs
+	$(PY) -m docs.table
 
 clean:  ## Remove what builds, tests and runs leave behind (not .venv)
 	rm -rf build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lightning_compressm.families import _registry
+from lightning_compressm.families import _registry, support_table
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -98,6 +98,15 @@ def test_readme_has_a_place_for_the_demo():
     text = (ROOT / "README.md").read_text()
     assert text.count("<!-- demo:begin -->") == text.count("<!-- demo:end -->") == 1
     assert text.index("<!-- demo:begin -->") < text.index("<!-- demo:end -->")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/supported.md"])
+def test_the_table_of_families_is_that_of_the_registry(page: str):
+    text = (ROOT / page).read_text()
+    begin, end = "<!-- families:begin -->\n", "<!-- families:end -->"
+    assert text.count(begin) == text.count(end) == 1
+    shown = text.split(begin)[1].split(end)[0]
+    assert shown.strip() == support_table().strip(), "run `make table`"
 
 
 @pytest.mark.slow

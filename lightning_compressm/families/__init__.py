@@ -8,6 +8,7 @@ from lightning_compressm.families._registry import (
     registered_families,
 )
 from lightning_compressm.families._selective import SelectiveFamily
+from lightning_compressm.families._table import support_table
 
 __all__ = [
     "Family",
@@ -17,4 +18,5 @@ __all__ = [
     "model_attributes",
     "register_family",
     "registered_families",
+    "support_table",
 ]

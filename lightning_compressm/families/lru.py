@@ -42,6 +42,7 @@ class LRUFamily(Family):
     """
 
     name: ClassVar[str] = "LRU"
+    layers: ClassVar[str] = "ours; ports with `nu_log, theta_log, gamma_log, B, C`"
     state_dim_attributes: ClassVar[tuple[str, ...]] = (*Family.state_dim_attributes, "d_hidden")
 
     def matches(self, module: nn.Module) -> bool:

@@ -38,7 +38,7 @@ class S4DFamily(Family):
     """
 
     name: ClassVar[str] = "S4D"
-    layers: ClassVar[str] = "ours; kernels as in state-spaces/s4"
+    layers: ClassVar[str] = "ours; kernels as in state-spaces/s4 (`log_dt, C, log_A_real, A_imag`)"
     state_dim_attributes: ClassVar[tuple[str, ...]] = (*Family.state_dim_attributes, "n")
 
     def matches(self, module: nn.Module) -> bool:
