@@ -65,6 +65,19 @@ class SelectiveFamily(FamilyBase):
         """Parameters that a local refit may change."""
         return ()
 
+    def readout_entries(self, module: nn.Module, states: Tensor) -> dict[str, tuple[int, Tensor]]:
+        """Which entries, set to zero, make C of some states zero; only the contract tests ask.
+
+        Args:
+            module: a layer of this family.
+            states: (groups, k).
+
+        Returns:
+            Tensor name -> dimension, and indices along it; 2-D where each slice along dimension 0
+            has indices of its own.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say what makes its C zero")
+
     def inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
         """The layer's input in a call, padding set to zero; ``None`` if there is none."""
         values = [t for t in (*args, *kwargs.values()) if torch.is_tensor(t)]

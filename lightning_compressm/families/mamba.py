@@ -88,6 +88,10 @@ class MambaFamily(SelectiveFamily):
         found["x_proj.out_features"] = _dt_rank(module) + 2 * state_dim
         return found | ({"config.d_state": state_dim} if _reads_config(module) else {})
 
+    def readout_entries(self, module: nn.Module, states: Tensor) -> dict[str, tuple[int, Tensor]]:
+        """Rows of ``x_proj`` that make C."""
+        return {"x_proj.weight": (0, _dt_rank(module) + self.state_dim(module) + states[0])}
+
     def signals(self, module: nn.Module, inputs: Tensor) -> SelectiveSignals:
         """Run the projections and the convolution again."""
         part: dict[str, Any] = {name: getattr(module, name) for name in _PARTS}
@@ -234,6 +238,11 @@ class ZambaFamily(SelectiveFamily):
         rows = [rows_of_blocks(rank + 2 * n, rank, k.unsqueeze(0), n, 2) for k in keep]
         assert len(rows) == heads
         return {"A_log": (2, keep), "x_proj_weight": (1, torch.stack(rows))}
+
+    def readout_entries(self, module: nn.Module, states: Tensor) -> dict[str, tuple[int, Tensor]]:
+        """Head by head, the rows that make C."""
+        rank = int(shape_source(module, "dt_proj_weight").shape[2])
+        return {"x_proj_weight": (1, rank + self.state_dim(module) + states)}
 
     def signals(self, module: nn.Module, inputs: Tensor) -> SelectiveSignals:
         """Run the projections and the convolution again."""

@@ -155,6 +155,19 @@ class Mamba2Family(SelectiveFamily):
             by_group(weight),
         )
 
+    def readout_entries(self, module: nn.Module, states: Tensor) -> dict[str, tuple[int, Tensor]]:
+        """Rows of ``in_proj`` and channels of ``conv1d`` that make C; silu(0) is 0."""
+        groups, n = self.groups(module), self.state_dim(module)
+        offsets = n * torch.arange(groups, 2 * groups).unsqueeze(-1)
+        entries = (offsets + states).flatten()
+        starts = {"in_proj": self._start_of_b(module), "conv1d": self._channels(module)}
+        return {
+            f"{part}.{kind}": (0, start + entries)
+            for part, start in starts.items()
+            for kind in ("weight", "bias")
+            if _has(module, f"{part}.{kind}")
+        }
+
     def local_tensors(self, module: nn.Module) -> tuple[str, ...]:
         """The projection and the convolution."""
         names = ("in_proj.weight", "conv1d.weight", "conv1d.bias")

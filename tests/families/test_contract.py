@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from lightning_compressm import register_family
 from lightning_compressm.control import DiagonalLTI
-from lightning_compressm.families import Family, registered_families
+from lightning_compressm.control.calibration import SelectiveSignals
+from lightning_compressm.families import FamilyBase, SelectiveFamily, registered_families
 from lightning_compressm.families.lru import LRUFamily
+from lightning_compressm.families.mamba import MambaFamily, ZambaFamily
+from lightning_compressm.families.mamba2 import Mamba2Family
 from lightning_compressm.surgery.plan import SurgeryPlan, TensorEdit
 from lightning_compressm.testing import CONTRACT, check_family
 from tests.families.layers import Decay, DecayFamily, PortedLRU
@@ -29,12 +32,12 @@ class PortFamily(LRUFamily):
 
 @pytest.mark.parametrize("point", CONTRACT)
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_contract_of(family: Family, point: str):
+def test_contract_of(family: FamilyBase, point: str):
     CONTRACT[point](family)
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_check_family_accepts(family: Family):
+def test_check_family_accepts(family: FamilyBase):
     check_family(family)
     check_family(type(family))
 
@@ -132,8 +135,95 @@ BROKEN: dict[str, tuple[dict[str, Callable[..., Any]], str]] = {
 @pytest.mark.parametrize(("methods", "point"), BROKEN.values(), ids=BROKEN)
 def test_a_broken_family_is_caught(methods: dict[str, Callable[..., Any]], point: str):
     broken = register_family(type("Broken", (DecayFamily,), {"name": "Broken", **methods}))
-    with pytest.raises(AssertionError, match=rf"Broken breaks \d of 8 points:(.|\n)*- {point}: "):
+    with pytest.raises(AssertionError, match=rf"Broken breaks \d of 11 points:(.|\n)*- {point}: "):
         check_family(broken)
+
+
+def _one_head_for_all(self: Any, module: nn.Module, keep: Tensor) -> dict[str, Any]:
+    return ZambaFamily.state_entries(self, module, keep[:1].expand(len(keep), -1))
+
+
+def _other_rates(self: Any, module: nn.Module, keep: Tensor) -> dict[str, Any]:
+    """B and C of the states that stay, with the decay rates of the first ones."""
+    entries = MambaFamily.state_entries(self, module, keep)
+    return entries | {"A_log": (1, torch.arange(keep.shape[1]))}
+
+
+def _forgets_the_convolution(self: Any, module: nn.Module, keep: Tensor) -> dict[str, Any]:
+    entries = Mamba2Family.state_entries(self, module, keep)
+    return {name: entry for name, entry in entries.items() if name != "conv1d.bias"}
+
+
+def _swapped(self: Any, module: nn.Module, inputs: Tensor) -> SelectiveSignals:
+    s = MambaFamily.signals(self, module, inputs)
+    return SelectiveSignals(s.dt, s.A, s.C, s.B, s.x, s.weight)
+
+
+def _wrong_sign(self: Any, module: nn.Module, keep: Tensor, delta: Tensor) -> dict[str, Tensor]:
+    return ZambaFamily.write_readout(self, module, keep, -delta)
+
+
+def _needs_no_data(self: Any, module: nn.Module) -> None:
+    """Changes the layer before anybody found out that there is no calibration data."""
+    with torch.no_grad():
+        module.D.mul_(2)
+
+
+BROKEN_SELECTIVE: dict[str, tuple[type[FamilyBase], dict[str, Callable[..., Any]], str]] = {
+    "takes all heads for one": (
+        ZambaFamily,
+        {"state_entries": _one_head_for_all},
+        "states_that_are_not_read_do_not_matter",
+    ),
+    "mixes up decay rates": (
+        MambaFamily,
+        {"state_entries": _other_rates},
+        "states_that_are_not_read_do_not_matter",
+    ),
+    "forgets a bias": (
+        Mamba2Family,
+        {"state_entries": _forgets_the_convolution},
+        "checkpoints_load_at_full_size",
+    ),
+    "swaps B and C": (
+        MambaFamily,
+        {"signals": _swapped},
+        "states_that_are_not_read_do_not_matter",
+    ),
+    "mixes up its signals": (
+        MambaFamily,
+        {"state_entries": _other_rates},
+        "signals_follow_the_states",
+    ),
+    "refits the wrong way": (ZambaFamily, {"write_readout": _wrong_sign}, "the_refit_helps"),
+    "changes before refusing": (
+        MambaFamily,
+        {"check_finite": _needs_no_data},
+        "refusals_change_nothing",
+    ),
+    "matches nothing": (MambaFamily, {"matches": lambda self, m: False}, "is_recognised"),
+}
+
+
+@pytest.mark.parametrize(
+    ("base", "methods", "point"), BROKEN_SELECTIVE.values(), ids=BROKEN_SELECTIVE
+)
+def test_a_broken_selective_family_is_caught(
+    base: type[FamilyBase], methods: dict[str, Callable[..., Any]], point: str
+):
+    broken = register_family(type("Broken", (base,), {"name": "Broken", **methods}))
+    with pytest.raises(AssertionError, match=rf"Broken breaks \d of 11 points:(.|\n)*- {point}: "):
+        check_family(broken)
+
+
+def test_a_selective_family_that_does_not_say_what_makes_c_is_told_so():
+    class Silent(MambaFamily):
+        name = "Silent"
+        readout_entries = SelectiveFamily.readout_entries
+
+    register_family(Silent)
+    with pytest.raises(NotImplementedError, match="does not say what makes its C zero"):
+        CONTRACT["states_that_are_not_read_do_not_matter"](Silent())
 
 
 def test_refusing_late_is_caught():
