@@ -335,7 +335,7 @@ def test_a_model_without_ssm_layers_says_what_was_looked_at():
     for call in (compress, hankel_spectra):
         with pytest.raises(UnsupportedLayerError) as caught:
             call(model)
-        for part in ("Linear x2", "LSTM x1", "Known families: .*LRU", "register_family"):
+        for part in ("Linear x2", "LSTM x1", "Known families: ", "LRU", "register_family"):
             assert part in str(caught.value)
 
 
