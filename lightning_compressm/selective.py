@@ -81,10 +81,11 @@ class SelectiveAnalysis(LayerAnalysis):
             if tried == order
             else (f"{order} states change the output by more than {policy.max_output_error:.0%}")
         )
+        total = float(self.sigma.sum())
         return Attempt(
             plan=plan,
             order=tried,
-            energy_kept=float(self.sigma[:tried].sum() / self.sigma.sum()),
+            energy_kept=float(self.sigma[:tried].sum()) / total if total else 1.0,
             output_error=error,
             note=note,
             balance=criterion,

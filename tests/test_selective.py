@@ -190,6 +190,14 @@ def test_a_cut_that_always_changes_too_much_is_refused(family: SelectiveFamily):
     assert all(torch.equal(value, before[name]) for name, value in _state(layer).items())
 
 
+def test_a_layer_that_is_not_heard_yet_loses_no_energy(family: SelectiveFamily):
+    layer, inputs = family.example()
+    nn.init.zeros_(layer.out_proj.weight)
+    event = compress(layer, state_dim=4, sample=inputs).events[0]
+    assert (event.action, event.new_state_dim) == ("reduce", 4)
+    assert (event.energy_kept, event.output_error) == (1.0, 0.0)
+
+
 def test_states_that_are_all_needed_stay(family: SelectiveFamily):
     layer, inputs = family.example()
     event = compress(layer, state_dim=8, sample=inputs).events[0]
