@@ -222,7 +222,8 @@ def note(run: Run) -> str:
     return (
         f"CPU. Two {run.kind} layers, N={settings.d_state}, H={settings.d_model}; {recipe.pairs} "
         f"pairs in {recipe.length} steps, {recipe.n_tokens} tokens; {run.steps} steps of training. "
-        f"Rows but the default: without refit. Test accuracy and loss over all queries: means over "
+        f"Rows but the default: without refit. Every row with max_output_error=None, so that none "
+        f"keeps more states than it shows. Test accuracy and loss over all queries: means over "
         f"seeds {', '.join(map(str, settings.seeds))}."
     )
 
