@@ -15,7 +15,6 @@ from lightning_compressm import compress, hankel_spectra
 from lightning_compressm.discovery import find_ssm_layers
 from lightning_compressm.errors import CalibrationError, NonFiniteError
 from lightning_compressm.families import SelectiveFamily, registered_families
-from lightning_compressm.local_refit import fit_output, output_error
 from lightning_compressm.policy import ReductionPolicy
 from lightning_compressm.proposal import Proposal, propose
 from lightning_compressm.recording import CallRecorder, Context, Processes
@@ -386,51 +385,3 @@ def test_two_halves_give_the_plan_of_the_whole_batch(family: SelectiveFamily, re
     # Adam divides by gradients' sizes, which enlarges differences in the last digit.
     _same(first, whole, rtol=1e-5, atol=1e-6)
     assert first.events[0].output_error == pytest.approx(whole.events[0].output_error, rel=1e-5)
-
-
-# -- the local refit ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("steps", [0, 1, 5, 120])
-@pytest.mark.parametrize("lr", [1e-3, 0.06, 10.0])
-def test_a_local_refit_never_increases_the_error(steps: int, lr: float):
-    weight, wanted = torch.randn(3, 4), torch.randn(3, 4)
-    x = torch.randn(20, 4)
-
-    def runs() -> list[tuple[Tensor, Tensor]]:
-        return [(torch.tanh(x @ weight.mT), torch.tanh(x @ wanted.mT))]
-
-    before = output_error(runs(), Processes())
-    after = fit_output([weight], runs, Processes(), steps=steps, lr=lr)
-    assert after <= before * (1 + 1e-6)
-    assert after == pytest.approx(output_error(runs(), Processes()), rel=1e-5)
-    if steps == 0:
-        assert after == pytest.approx(before)
-    if (steps, lr) == (120, 0.06):
-        assert after < 0.1 * before
-
-
-def test_a_local_refit_leaves_tensors_as_it_found_them():
-    frozen, trained = torch.randn(3), nn.Parameter(torch.randn(3))
-    x, target = torch.randn(5, 3), torch.randn(5, 3)
-    fit_output([frozen, trained], lambda: [(x * frozen + trained, target)], Processes(), steps=3)
-    assert (frozen.requires_grad, trained.requires_grad) == (False, True)
-    assert frozen.grad is None
-    assert trained.grad is None
-
-
-def test_a_local_refit_that_meets_nan_keeps_the_values():
-    weight = torch.tensor([2.0])
-    before = weight.clone()
-    error = fit_output(
-        [weight], lambda: [(weight * torch.nan, torch.ones(1))], Processes(), steps=3
-    )
-    assert error == float("inf")
-    assert torch.equal(weight, before)
-
-
-def test_the_error_of_an_output_that_should_be_zero():
-    zero, one = torch.zeros(2), torch.ones(2)
-    assert output_error([(zero, zero)], Processes()) == 0
-    assert output_error([(one, zero)], Processes()) == 1
-    assert output_error([(one * torch.nan, one)], Processes()) == float("inf")
