@@ -93,5 +93,5 @@ def naming(layer: SSMLayer) -> Iterator[None]:
     """Errors of the analysis say which layer they are about."""
     try:
         yield
-    except CompreSSMError as error:
+    except (CompreSSMError, ValueError) as error:
         raise type(error)(f"layer '{layer.name}' ({layer.family.name}): {error}") from error

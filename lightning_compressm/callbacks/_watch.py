@@ -45,14 +45,13 @@ class TrainingWatch:
             pl_module: whose layers to listen to.
             looking: whether a look is still to come, for which inputs are wanted.
         """
-        if self._layers is None:
-            self._layers = select_layers(pl_module, self.policy.layers, self.policy.ignore)
-        selective = any(isinstance(x.family, SelectiveFamily) for x in self._layers.values())
+        layers = self._chosen(pl_module)
+        selective = any(isinstance(x.family, SelectiveFamily) for x in layers.values())
         lengths = self.policy.horizon == "auto" and self._seen < self.batches
         if not looking:
             self._inputs = {}
         if lengths or (selective and looking):
-            self._recorder = CallRecorder(self._layers)
+            self._recorder = CallRecorder(layers)
 
     def detach(self) -> None:
         """Keep what was heard; safe to call at any time."""
@@ -65,6 +64,17 @@ class TrainingWatch:
             self._inputs[name] = [*self._inputs.get(name, []), *calls][-self.batches :]
         self._recorder = None
         self._seen += 1
+
+    def ready(self, pl_module: pl.LightningModule) -> bool:
+        """Whether there is calibration data if it is needed; right after a resume there is none."""
+        layers = self._chosen(pl_module)
+        wanted = {n for n, x in layers.items() if isinstance(x.family, SelectiveFamily)}
+        return not wanted or bool(wanted & self._inputs.keys())
+
+    def _chosen(self, pl_module: pl.LightningModule) -> dict[str, SSMLayer]:
+        if self._layers is None:
+            self._layers = select_layers(pl_module, self.policy.layers, self.policy.ignore)
+        return self._layers
 
     def context(self, processes: Processes) -> Context:
         """What is known of the data by now."""

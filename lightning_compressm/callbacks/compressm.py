@@ -167,6 +167,7 @@ class CompreSSMCallback(Callback):
         self._window: Window | None = None
         self._looks = 0
         self._looked_at_step = -1
+        self._overdue = False  # a look of before a resume that waits for calibration data
         self._last_step = -1
         self._pending: tuple[SurgeryPlan, list[LayerEvent]] | None = None
         self._watch = TrainingWatch(self.policy, self.calibration_batches)
@@ -209,8 +210,7 @@ class CompreSSMCallback(Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Swap what the end of the last epoch committed to."""
         # A checkpoint written during validation is older than its epoch's look: catch up.
-        if self._due_at_epoch_end(trainer, trainer.current_epoch - 1):
-            self._commit(trainer, pl_module, trainer.current_epoch - 1)
+        self._look_at_epoch_end(trainer, pl_module, trainer.current_epoch - 1)
         self._execute(trainer, pl_module)
 
     def on_train_batch_start(
@@ -235,7 +235,9 @@ class CompreSSMCallback(Callback):
         if step == self._last_step:  # gradients are still being accumulated
             return
         self._last_step = step
-        if self._window is None or not self.schedule.due_at_step(self._window, step, self._looks):
+        if self._window is None:
+            return
+        if not self._overdue and not self.schedule.due_at_step(self._window, step, self._looks):
             return
         if trainer.is_last_batch and self._due_at_epoch_end(trainer, trainer.current_epoch):
             return
@@ -246,8 +248,8 @@ class CompreSSMCallback(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at the spectra and commit to a plan; log the dimensions of this epoch."""
         self._log_metrics(trainer, pl_module)
-        if self._due_at_epoch_end(trainer, trainer.current_epoch) and not _is_last_step(trainer):
-            self._commit(trainer, pl_module, trainer.current_epoch)
+        if not _is_last_step(trainer):
+            self._look_at_epoch_end(trainer, pl_module, trainer.current_epoch)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -296,6 +298,17 @@ class CompreSSMCallback(Callback):
             and self.schedule.due_at_epoch_end(self._window, step, epoch)
         )
 
+    def _look_at_epoch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int
+    ) -> None:
+        """Commit to a plan if it is time; after a resume, wait for a batch to calibrate on."""
+        if not self._due_at_epoch_end(trainer, epoch):
+            return
+        if self._watch.ready(pl_module):
+            self._commit(trainer, pl_module, epoch)
+        else:
+            self._overdue = True
+
     def _commit(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
         """Decide together; every rank holds the plan of rank 0 afterwards."""
         step = trainer.global_step
@@ -307,6 +320,7 @@ class CompreSSMCallback(Callback):
 
         plan, events = decide_together(trainer.strategy, decide)
         self._looks += 1
+        self._overdue = False
         self._looked_at_step = step
         self._pending = (SurgeryPlan.from_dict(plan), events)
 

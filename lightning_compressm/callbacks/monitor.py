@@ -93,8 +93,8 @@ class HankelMonitor(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Record and log the spectra."""
-        if (trainer.current_epoch + 1) % self.every_n_epochs:
-            return
+        if (trainer.current_epoch + 1) % self.every_n_epochs or not self._watch.ready(pl_module):
+            return  # a resume at an epoch's end has no data to calibrate on
 
         def measure(processes: Processes) -> dict[str, Tensor]:
             return measure_spectra(pl_module, self.policy, self._watch.context(processes))

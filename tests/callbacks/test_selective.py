@@ -7,10 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_compressm import CompreSSMCallback
 from lightning_compressm.errors import CalibrationError
+from lightning_compressm.nn._mamba import MambaBlock
 
-from . import selective_models
+from . import helpers, selective_models
+from .helpers import BATCHES, Classifier, StatefulLoader, trainer
 from .test_ddp import _launch, _load
 
 KINDS = {"mamba": "mamba_ssm", "mamba2": "mamba_ssm", "transformers": "transformers"}
@@ -83,21 +87,53 @@ def test_every_step_looks_at_the_latest_batches(tmp_path: Path) -> None:
     assert set(result["state_dims"].values()) == {9}
 
 
+class Plain(Classifier):
+    """A Mamba block instead of the first LRU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.first = MambaBlock(4, 16).double()
+
+
+def test_resumes_from_every_kind_of_checkpoint(tmp_path: Path) -> None:
+    """A checkpoint of a validation is older than its epoch's look, and holds no inputs."""
+    settings: dict[str, Any] = {
+        "fraction": 0.5,
+        "window": (0, 2 * BATCHES),
+        "layers": ["net.first"],
+        "verbose": False,
+    }
+    kinds = [
+        ModelCheckpoint(
+            tmp_path / "validated", "{step}", save_top_k=-1, save_on_train_epoch_end=False
+        ),
+        ModelCheckpoint(tmp_path / "step", "{step}", save_top_k=-1, every_n_train_steps=4),
+    ]
+    callback = CompreSSMCallback(**settings)
+    fit = trainer(tmp_path, callback, *kinds, max_epochs=4, enable_checkpointing=True)
+    fit.fit(Plain(), StatefulLoader(), helpers.loader(1))
+    steps = [e["step"] for e in callback.history]
+    assert steps == [BATCHES, 2 * BATCHES]
+    for path, looks in (
+        (tmp_path / "validated" / f"step={BATCHES}.ckpt", [BATCHES + 1, 2 * BATCHES]),
+        (tmp_path / "step" / "step=8.ckpt", steps),
+    ):
+        resumed, model = CompreSSMCallback(**settings), Plain()
+        again = trainer(tmp_path, resumed, max_epochs=4)
+        again.fit(model, StatefulLoader(), helpers.loader(1), ckpt_path=path)
+        assert [e["step"] for e in resumed.history] == looks
+        assert model.net.first.d_state == 4
+
+
 def test_a_layer_that_training_never_calls_is_named(tmp_path: Path) -> None:
-    from lightning_compressm.nn._mamba import MambaBlock
-
-    from .helpers import Classifier, loader, trainer
-
     class Unused(Classifier):
         def __init__(self) -> None:
             super().__init__()
             self.unused = MambaBlock(4, 8)
 
-    from lightning_compressm import CompreSSMCallback
-
     fit = trainer(tmp_path, CompreSSMCallback(window=(0.0, 0.9)))
     with pytest.raises(CalibrationError, match="unused"):
-        fit.fit(Unused(), loader())
+        fit.fit(Unused(), helpers.loader())
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,66 @@
+"""HankelMonitor watches spectra over training and changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_compressm import HankelMonitor
+from lightning_compressm.nn._mamba import MambaBlock
+
+from .helpers import Classifier, StatefulLoader, loader, trainer
+
+
+class Plain(Classifier):
+    """A Mamba block instead of the first LRU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.first = MambaBlock(4, 16).double()
+
+
+@pytest.mark.parametrize("make", [Classifier, Plain])
+def test_logs_spectra_and_changes_nothing(make: type[Classifier], tmp_path: Path) -> None:
+    watched, alone, monitor = make(), make(), HankelMonitor(tolerance=0.1)
+    fit = trainer(tmp_path, monitor)
+    fit.fit(watched, loader())
+    trainer(tmp_path).fit(alone, loader())
+    for name, value in alone.state_dict().items():
+        assert torch.equal(value, watched.state_dict()[name])
+    assert [entry["epoch"] for entry in monitor.history] == [0, 1, 2]
+    size = 16 if make is Plain else 24
+    for entry in monitor.history:
+        sigma = entry["spectra"]["net.first"]
+        assert sigma.shape == (size,)
+        assert bool((sigma.diff() <= 0).all())
+    metrics = fit.callback_metrics
+    assert 1 <= float(metrics["hankel/rank/net.first"]) < size
+    last = monitor.history[-1]["spectra"]["net.first"]
+    assert float(metrics["hankel/energy/net.first"]) == pytest.approx(float(last.sum()), rel=1e-5)
+
+
+def test_every_other_epoch_and_some_layers(tmp_path: Path) -> None:
+    monitor = HankelMonitor(every_n_epochs=2, layers=["*.second"])
+    trainer(tmp_path, monitor, max_epochs=4).fit(Classifier(), loader())
+    assert [entry["epoch"] for entry in monitor.history] == [1, 3]
+    assert set(monitor.history[0]["spectra"]) == {"net.second"}
+
+
+def test_unknown_pattern_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    model = Classifier()
+    with pytest.raises(ValueError, match="matches no SSM layer"):
+        trainer(tmp_path, HankelMonitor(layers=["nothing"])).fit(model, loader())
+    assert model.losses == []
+
+
+def test_goes_on_after_a_resume_at_the_end_of_an_epoch(tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, save_on_train_epoch_end=False)
+    fit = trainer(tmp_path, HankelMonitor(), keep, enable_checkpointing=True)
+    fit.fit(Plain(), StatefulLoader(), loader(1))
+    resumed = HankelMonitor()
+    (path,) = tmp_path.glob("step=6.ckpt")
+    trainer(tmp_path, resumed).fit(Plain(), StatefulLoader(), loader(1), ckpt_path=path)
+    assert [entry["epoch"] for entry in resumed.history] == [1, 2]
