@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_compressm.nn import LRU
+from lightning_compressm.nn._mamba import MambaBlock
 
 LENGTH, CLASSES, BATCH, BATCHES = 20, 3, 8, 6
 
@@ -110,6 +111,14 @@ class Classifier(pl.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+
+class Plain(Classifier):
+    """A Mamba block of ours in the place of the first LRU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.first = MambaBlock(4, 16).double()
 
 
 def trainer(tmp: Path | str, *callbacks: pl.Callback, **kwargs: Any) -> pl.Trainer:

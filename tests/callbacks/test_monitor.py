@@ -9,17 +9,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_compressm import HankelMonitor
-from lightning_compressm.nn._mamba import MambaBlock
 
-from .helpers import Classifier, StatefulLoader, loader, trainer
-
-
-class Plain(Classifier):
-    """A Mamba block instead of the first LRU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net.first = MambaBlock(4, 16).double()
+from .helpers import Classifier, Plain, StatefulLoader, loader, trainer
 
 
 @pytest.mark.parametrize("make", [Classifier, Plain])

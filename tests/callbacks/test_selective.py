@@ -14,7 +14,7 @@ from lightning_compressm.errors import CalibrationError
 from lightning_compressm.nn._mamba import MambaBlock
 
 from . import helpers, selective_models
-from .helpers import BATCHES, Classifier, StatefulLoader, trainer
+from .helpers import BATCHES, Classifier, Plain, StatefulLoader, trainer
 from .test_ddp import _launch, _load
 
 KINDS = {"mamba": "mamba_ssm", "mamba2": "mamba_ssm", "transformers": "transformers"}
@@ -85,14 +85,6 @@ def test_every_step_looks_at_the_latest_batches(tmp_path: Path) -> None:
     reduced = [e for e in result["history"] if e["action"] == "reduce"]
     assert {e["step"] for e in reduced} == {2, 4}
     assert set(result["state_dims"].values()) == {9}
-
-
-class Plain(Classifier):
-    """A Mamba block instead of the first LRU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net.first = MambaBlock(4, 16).double()
 
 
 def test_resumes_from_every_kind_of_checkpoint(tmp_path: Path) -> None:
