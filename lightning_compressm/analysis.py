@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -67,6 +68,16 @@ class LayerAnalysis(ABC):
     @abstractmethod
     def attempt(self, order: int, policy: ReductionPolicy, seed: int) -> Attempt:
         """Reduce to ``order`` states, or to the next higher number that keeps the promise."""
+
+    def largest_order(self, policy: ReductionPolicy) -> int:
+        """The most states that may be left for a reduction to be worth while."""
+        n = self.layer.state_dim
+        return min(n - 1, math.floor(n * (1 - policy.min_reduction) + 1e-9))
+
+    def needed(self, order: int) -> str:
+        """Why a layer that needs ``order`` states stays as it is."""
+        n = self.layer.state_dim
+        return f"{min(order, n)} or more of {n} states are needed"
 
 
 def choose_orders(analyses: Sequence[LayerAnalysis], policy: ReductionPolicy) -> list[int]:

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from lightning_compressm.errors import UnsupportedLayerError
-from lightning_compressm.families import find_family, registered_families
+from lightning_compressm.families import find_family, named_layers, registered_families
 from lightning_compressm.families._base import FamilyBase, tensor_of
 from lightning_compressm.families._refused import refusal_reason
 
@@ -61,11 +61,9 @@ def find_ssm_layers(model: nn.Module) -> dict[str, SSMLayer]:
         ['1']
     """
     found: dict[str, SSMLayer] = {}
-    for path, module in model.named_modules():
-        family = find_family(module)
-        if family is not None:
-            name = _plain_name(path)
-            found[name] = SSMLayer(name, path, module, family)
+    for path, module, family in named_layers(model):
+        name = _plain_name(path)
+        found[name] = SSMLayer(name, path, module, family)
     return found
 
 

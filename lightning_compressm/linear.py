@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Mapping
@@ -52,8 +51,7 @@ class LinearAnalysis(LayerAnalysis):
             warnings.warn(f"layer left as it is: {error}", stacklevel=2)
             return self._refusal(str(error))
         if reduction is None:
-            old = self.layer.state_dim
-            return self._refusal(f"{min(order, old)} or more of {old} states are needed")
+            return self._refusal(self.needed(order))
         return self._attempt(reduction, time.perf_counter() - start)
 
     def _refusal(self, note: str) -> Attempt:
@@ -86,8 +84,7 @@ class LinearAnalysis(LayerAnalysis):
         A complex state holds two real ones only if its poles come as a conjugate pair, so a system
         with real poles may need more states than its spectrum says. ``None`` if too few states go.
         """
-        n = self.layer.state_dim
-        largest = min(n - 1, math.floor(n * (1 - policy.min_reduction) + 1e-9))
+        largest = self.largest_order(policy)
         promised = 0.0 if policy.tolerance is None else 1 - policy.tolerance
         for candidate in range(order, largest + 1, policy.round_to):
             reduction = self._reduce(candidate, policy, seed)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -54,15 +54,21 @@ class SelectiveAnalysis(LayerAnalysis):
     original: nn.Module = field(repr=False)
     processes: Processes = field(repr=False)
 
+    @cached_property
+    def wanted(self) -> list[Tensor]:
+        """The original layer's outputs, which every cut and every step of a refit aim at."""
+        with torch.no_grad():
+            return [self.family.run(self.original, inputs) for inputs in self.inputs]
+
     def attempt(self, order: int, policy: ReductionPolicy, seed: int) -> Attempt:
         """Cut to ``order`` states, or to more where the layer's output would change too much."""
         start = time.perf_counter()
         n = self.layer.state_dim
         order = self.processes.agree(order)
-        largest = min(n - 1, math.floor(n * (1 - policy.min_reduction) + 1e-9))
+        largest = self.largest_order(policy)
         criterion = _resolve_criterion(policy)
         if order > largest:
-            return _refusal(n, criterion, f"{min(order, n)} or more of {n} states are needed")
+            return _refusal(n, criterion, self.needed(order))
         with naming(self.layer):
             ranking = self._rank(criterion, seed)
             for tried in _orders(order, largest, policy.round_to):
@@ -122,9 +128,7 @@ class SelectiveAnalysis(LayerAnalysis):
 
     def _runs(self, reduced: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         """Outputs of the reduced layer and of the original one, batch by batch."""
-        for inputs in self.inputs:
-            with torch.no_grad():
-                wanted = self.family.run(self.original, inputs)
+        for inputs, wanted in zip(self.inputs, self.wanted, strict=True):
             yield self.family.run(reduced, inputs), wanted
 
 

@@ -4,6 +4,7 @@ from lightning_compressm.families._base import Family, FamilyBase
 from lightning_compressm.families._registry import (
     find_family,
     model_attributes,
+    named_layers,
     register_family,
     registered_families,
 )
@@ -16,6 +17,7 @@ __all__ = [
     "SelectiveFamily",
     "find_family",
     "model_attributes",
+    "named_layers",
     "register_family",
     "registered_families",
     "support_table",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ __all__ = [
     "ENTRY_POINT_GROUP",
     "find_family",
     "model_attributes",
+    "named_layers",
     "register_family",
     "registered_families",
 ]
@@ -83,6 +84,20 @@ def find_family(module: nn.Module) -> FamilyBase | None:
     return next((f for f in reversed(_families.values()) if f.matches(module)), None)
 
 
+def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, FamilyBase]]:
+    """Path, module and family of every layer in ``model`` that a family knows.
+
+    Example:
+        >>> from lightning_compressm.nn import LRU
+        >>> [(path, family.name) for path, _, family in named_layers(nn.Sequential(LRU(4, 8)))]
+        [('0', 'LRU')]
+    """
+    for path, module in model.named_modules():
+        family = find_family(module)
+        if family is not None:
+            yield path, module, family
+
+
 def model_attributes(model: nn.Module, state_dims: Mapping[str, int]) -> dict[str, Any]:
     """Attributes of a whole model, such as a config, that say how many states its layers have.
 
@@ -98,14 +113,13 @@ def model_attributes(model: nn.Module, state_dims: Mapping[str, int]) -> dict[st
         {}
     """
     found: dict[str, tuple[SelectiveFamily, dict[str, int]]] = {}
-    for path, module in model.named_modules():
-        family = find_family(module)
+    for path, module, family in named_layers(model):
         if isinstance(family, SelectiveFamily):
             dims = found.setdefault(family.name, (family, {}))[1]
             dims[path] = state_dims.get(path, family.state_dim(module))
     attributes: dict[str, Any] = {}
-    for family, dims in found.values():
-        attributes |= family.shared_attributes(model, dims)
+    for selective, dims in found.values():
+        attributes |= selective.shared_attributes(model, dims)
     return attributes
 
 

@@ -32,8 +32,25 @@ _BACKWARD = ("A_b_log", "A_log_b")
 _NORMS = ("b_layernorm", "B_layernorm", "c_layernorm", "C_layernorm")
 
 
+class _RatesFamily(SelectiveFamily):
+    """Blocks with a decay rate for each channel and state, in the last dimension of ``A_log``."""
+
+    state_dim_attributes: ClassVar[tuple[str, ...]] = ("d_state", "ssm_state_size")
+
+    def state_dim(self, module: nn.Module) -> int:
+        """The last dimension of ``A_log``."""
+        return int(shape_source(module, "A_log").shape[-1])
+
+    def state_dim_in(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> int | None:
+        """The last dimension of the saved ``A_log``."""
+        saved = tensors.get("A_log")
+        if saved is None or saved.ndim != shape_source(module, "A_log").ndim:
+            return None
+        return int(saved.shape[-1])
+
+
 @register_family
-class MambaFamily(SelectiveFamily):
+class MambaFamily(_RatesFamily):
     """Mamba blocks in which B and C are linear in ``x_proj``.
 
     Recognised by structure: ``in_proj, conv1d, x_proj, dt_proj, out_proj``, and ``A_log`` of shape
@@ -50,7 +67,6 @@ class MambaFamily(SelectiveFamily):
         "`mamba_ssm.Mamba`; transformers `MambaMixer`; blocks of mamba.py and mamba-minimal"
     )
     refit: ClassVar[Literal["readout", "local"]] = "readout"
-    state_dim_attributes: ClassVar[tuple[str, ...]] = ("d_state", "ssm_state_size")
 
     def matches(self, module: nn.Module) -> bool:
         """Whether the parts are there, with shapes that fit together, and no norms of B and C."""
@@ -63,16 +79,6 @@ class MambaFamily(SelectiveFamily):
                 f"{type(module).__name__} reads the sequence in both directions and has states of "
                 "its own for each; expected a block with one direction. Put it into `ignore`."
             )
-
-    def state_dim(self, module: nn.Module) -> int:
-        """The number of columns of ``A_log``."""
-        return int(shape_source(module, "A_log").shape[-1])
-
-    def state_dim_in(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> int | None:
-        """The number of columns of the saved ``A_log``."""
-        saved = tensors.get("A_log")
-        matches = saved is not None and saved.ndim == shape_source(module, "A_log").ndim
-        return int(saved.shape[-1]) if matches and saved is not None else None
 
     def state_entries(self, module: nn.Module, keep: Tensor) -> dict[str, tuple[int, Tensor]]:
         """Columns of ``A_log``; rows of ``x_proj`` that make B and C."""
@@ -187,7 +193,7 @@ class NormalisedMambaFamily(MambaFamily):
 
 
 @register_family
-class ZambaFamily(SelectiveFamily):
+class ZambaFamily(_RatesFamily):
     """Mamba blocks with several heads, each with a B and a C of its own.
 
     Recognised by structure: ``x_proj_weight`` (heads, rank + 2 N, channels), ``dt_proj_weight`` and
@@ -202,7 +208,6 @@ class ZambaFamily(SelectiveFamily):
     name: ClassVar[str] = "Zamba"
     layers: ClassVar[str] = "transformers `ZambaMambaMixer`"
     refit: ClassVar[Literal["readout", "local"]] = "readout"
-    state_dim_attributes: ClassVar[tuple[str, ...]] = ("d_state", "ssm_state_size")
 
     def matches(self, module: nn.Module) -> bool:
         """Whether the parameters are there, with shapes that fit together."""
@@ -222,21 +227,10 @@ class ZambaFamily(SelectiveFamily):
         """The number of heads."""
         return int(shape_source(module, "A_log").shape[0])
 
-    def state_dim(self, module: nn.Module) -> int:
-        """The last dimension of ``A_log``."""
-        return int(shape_source(module, "A_log").shape[-1])
-
-    def state_dim_in(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> int | None:
-        """The last dimension of the saved ``A_log``."""
-        saved = tensors.get("A_log")
-        return int(saved.shape[-1]) if saved is not None and saved.ndim == 3 else None
-
     def state_entries(self, module: nn.Module, keep: Tensor) -> dict[str, tuple[int, Tensor]]:
         """Head by head, since each keeps states of its own."""
-        heads, n = self.groups(module), self.state_dim(module)
-        rank = int(shape_source(module, "dt_proj_weight").shape[2])
+        n, rank = self.state_dim(module), int(shape_source(module, "dt_proj_weight").shape[2])
         rows = [rows_of_blocks(rank + 2 * n, rank, k.unsqueeze(0), n, 2) for k in keep]
-        assert len(rows) == heads
         return {"A_log": (2, keep), "x_proj_weight": (1, torch.stack(rows))}
 
     def readout_entries(self, module: nn.Module, states: Tensor) -> dict[str, tuple[int, Tensor]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from os import PathLike
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from lightning_compressm.errors import CheckpointError
 from lightning_compressm.surgery.apply import AppliedSurgery, apply_plan
 from lightning_compressm.surgery.plan import SurgeryPlan
+
+if TYPE_CHECKING:
+    from lightning_compressm.families import FamilyBase
 
 __all__ = ["install_resize_hooks", "load_compressed", "resize_on_load"]
 
@@ -45,7 +48,12 @@ def resize_on_load(
         >>> big.d_state
         3
     """
-    plan = _resize_plan(module, state_dict, prefix)
+    from lightning_compressm.families import find_family
+
+    family = find_family(module)
+    if family is None:
+        return
+    plan = _resize_plan(module, family, _saved(state_dict, prefix))[0]
     if plan:
         apply_plan(module, plan)
 
@@ -61,7 +69,9 @@ def install_resize_hooks(model: nn.Module) -> None:
         >>> install_resize_hooks(nn.Linear(2, 2))  # no SSM layer: nothing to do
     """
     _install(model, _resize_layers_on_load)
-    for _, module in _named_ssm_modules(model):
+    from lightning_compressm.families import named_layers
+
+    for _, module, _ in named_layers(model):
         _install(module, resize_on_load)
 
 
@@ -138,37 +148,36 @@ def _state_dict_of(checkpoint: str | PathLike[str] | Mapping[str, Any]) -> Mappi
 
 def _resize_all_plan(model: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> SurgeryPlan:
     """One plan for all layers, so that tensors which they share stay shared."""
-    from lightning_compressm.families import find_family, model_attributes
+    from lightning_compressm.families import model_attributes, named_layers
 
     plans, state_dims = [], {}
-    for name, module in _named_ssm_modules(model):
+    for name, module, family in named_layers(model):
         inner = f"{prefix}{name}." if name else prefix
-        plan = _resize_plan(module, state_dict, inner)
-        family = find_family(module)
-        assert family is not None
+        plan, state_dim = _resize_plan(module, family, _saved(state_dict, inner))
         if plan:
             plans.append(plan.prefixed(name))
-            state_dims[name] = family.state_dim_in(module, _saved(state_dict, inner)) or 0
+            state_dims[name] = state_dim
     if not plans:
         return SurgeryPlan()
     return SurgeryPlan.merge([*plans, SurgeryPlan({}, model_attributes(model, state_dims))])
 
 
-def _resize_plan(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> SurgeryPlan:
-    from lightning_compressm.families import find_family
+_NOTHING: tuple[SurgeryPlan, int] = (SurgeryPlan(), 0)
 
-    family = find_family(module)
-    if family is None:
-        return SurgeryPlan()
-    saved = _saved(state_dict, prefix)
+
+def _resize_plan(
+    module: nn.Module, family: FamilyBase, saved: Mapping[str, Tensor]
+) -> tuple[SurgeryPlan, int]:
+    """The plan that gives a layer the state dimension of its checkpoint, and that dimension."""
     state_dim = family.state_dim_in(module, saved)
     if state_dim is None or state_dim < 1 or state_dim == family.state_dim(module):
-        return SurgeryPlan()
+        return _NOTHING
     plan = family.resize_plan(module, state_dim)
     # Buffers that are not saved follow without being asked.
-    shapes = {n: e.value.shape for n, e in plan.edits.items() if n in module.state_dict()}
+    own = module.state_dict().keys()
+    shapes = {n: e.value.shape for n, e in plan.edits.items() if n in own}
     fits = all(n in saved and saved[n].shape == shape for n, shape in shapes.items())
-    return plan if fits else SurgeryPlan()
+    return (plan, state_dim) if fits else _NOTHING
 
 
 def _saved(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
@@ -178,9 +187,3 @@ def _saved(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
         for key, value in state_dict.items()
         if key.startswith(prefix) and isinstance(value, Tensor)
     }
-
-
-def _named_ssm_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    from lightning_compressm.families import find_family
-
-    return [(n, m) for n, m in model.named_modules() if find_family(m) is not None]

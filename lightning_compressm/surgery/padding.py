@@ -50,12 +50,11 @@ def pad_state_dim(model: ModuleT, state_dim: int | None = None) -> ModuleT:
         >>> pad_state_dim(model)[0].A_log.shape
         torch.Size([8, 5])
     """
-    from lightning_compressm.families import SelectiveFamily, find_family, model_attributes
+    from lightning_compressm.families import SelectiveFamily, model_attributes, named_layers
 
     layers: dict[str, tuple[nn.Module, SelectiveFamily]] = {}
     largest: dict[str, int] = {}
-    for path, module in model.named_modules():
-        family = find_family(module)
+    for path, module, family in named_layers(model):
         if isinstance(family, SelectiveFamily):
             layers[path] = module, family
             largest[family.name] = max(largest.get(family.name, 1), family.state_dim(module))
