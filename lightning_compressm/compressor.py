@@ -21,6 +21,7 @@ from lightning_compressm.proposal import measure_spectra, propose
 from lightning_compressm.recording import CallRecorder, Context
 from lightning_compressm.report import CompressionReport
 from lightning_compressm.surgery.apply import apply_plan
+from lightning_compressm.surgery.copies import averages_inside, find_copies
 from lightning_compressm.surgery.loading import install_resize_hooks
 from lightning_compressm.surgery.optimizer import (
     OptimizerStatePolicy,
@@ -39,8 +40,9 @@ def apply_proposal(
     policy: OptimizerStatePolicy = "transport",
     *,
     pending_gradients: bool = False,
+    averages: Iterable[object] = (),
 ) -> Callable[[], None]:
-    """Change the model and its optimizers, or leave both untouched.
+    """Change the model, its optimizers and averages of its weights, or leave all untouched.
 
     Args:
         model: the module that the plan was made for.
@@ -48,6 +50,8 @@ def apply_proposal(
         optimizers: every optimizer that holds parameters of the model.
         policy: what becomes of optimizer state.
         pending_gradients: carry ``.grad`` over too, where a step with it is still to come.
+        averages: objects among which copies of the model, such as a running average of its weights,
+            get the same projection; each ``AveragedModel`` inside the model gets it anyway.
 
     Returns:
         A function that takes everything back.
@@ -67,19 +71,25 @@ def apply_proposal(
         >>> layer.d_state
         16
     """
-    applied = apply_plan(model, plan)
-    try:
-        if pending_gradients:
-            carry_gradients(applied)
-        undo_optimizers = rebind_optimizers(optimizers, applied, policy)
-    except BaseException:
-        applied.undo()
-        raise
+    copies = find_copies(model, [*averages_inside(model), *averages])
+    others = [(copy.mirror, copy.plan(plan)) for copy in copies]
+    undos: list[Callable[[], None]] = []
 
     def undo() -> None:
-        undo_optimizers()
-        applied.undo()
+        while undos:
+            undos.pop()()
 
+    try:
+        applied = apply_plan(model, plan)
+        undos.append(applied.undo)
+        if pending_gradients:
+            carry_gradients(applied)
+        undos.append(rebind_optimizers(optimizers, applied, policy))
+        for module, own_plan in others:
+            undos.append(apply_plan(module, own_plan).undo)
+    except BaseException:
+        undo()
+        raise
     return undo
 
 

@@ -13,6 +13,7 @@ from lightning_compressm.errors import UnsupportedLayerError
 from lightning_compressm.families import find_family, named_layers, registered_families
 from lightning_compressm.families._base import FamilyBase, tensor_of
 from lightning_compressm.families._refused import refusal_reason
+from lightning_compressm.surgery.copies import inside_average
 
 __all__ = ["SSMLayer", "find_ssm_layers", "select_layers"]
 
@@ -52,7 +53,8 @@ def find_ssm_layers(model: nn.Module) -> dict[str, SSMLayer]:
 
     Returns:
         Module name -> :class:`SSMLayer`, in the order of ``named_modules``. A module that is
-        registered twice appears once.
+        registered twice appears once. Layers of an ``AveragedModel`` that is part of the model are
+        left out: they follow those that they average.
 
     Example:
         >>> from torch import nn
@@ -61,7 +63,10 @@ def find_ssm_layers(model: nn.Module) -> dict[str, SSMLayer]:
         ['1']
     """
     found: dict[str, SSMLayer] = {}
+    averaged = inside_average(model)
     for path, module, family in named_layers(model):
+        if id(module) in averaged:
+            continue
         name = _plain_name(path)
         found[name] = SSMLayer(name, path, module, family)
     return found
@@ -125,8 +130,9 @@ def select_layers(
 def _find_refused(model: nn.Module) -> dict[str, str]:
     """Name of a layer that is known but can't be reduced -> its class and why."""
     refused: dict[str, str] = {}
+    averaged = inside_average(model)
     for path, module in model.named_modules():
-        reason = refusal_reason(module)
+        reason = None if id(module) in averaged else refusal_reason(module)
         if reason is not None and find_family(module) is None:
             refused[_plain_name(path)] = f"{type(module).__name__} {reason}"
     return refused

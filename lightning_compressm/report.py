@@ -11,7 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["CompressionReport", "LayerEvent", "format_table"]
+__all__ = ["CompressionReport", "LayerEvent", "dimension_metrics", "format_table"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +104,31 @@ class CompressionReport:
     def __str__(self) -> str:
         """The table."""
         return self.table()
+
+
+def dimension_metrics(
+    state_dims: Mapping[str, int], history: Iterable[Mapping[str, Any]]
+) -> dict[str, float]:
+    """What is logged of each layer and in all.
+
+    Args:
+        state_dims: layer name -> current state dimension.
+        history: events as plain dicts, in the order in which they happened.
+
+    Example:
+        >>> dimension_metrics({"lru": 4}, [])["compressm/state_dim/lru"]
+        4.0
+    """
+    history = list(history)
+    kept = {e["layer"]: e["energy_kept"] for e in history if e["action"] != "skip"}
+    metrics = {
+        "compressm/total_state_dim": float(sum(state_dims.values())),
+        "compressm/seconds": float(sum(event["seconds"] for event in history)),
+    }
+    for name, state_dim in state_dims.items():
+        metrics[f"compressm/state_dim/{name}"] = float(state_dim)
+        metrics[f"compressm/energy_kept/{name}"] = float(kept.get(name, 1.0))
+    return metrics
 
 
 _HEADER = ("layer", "family", "action", "states", "energy kept", "error bound", "note")

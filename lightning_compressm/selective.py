@@ -23,6 +23,7 @@ from lightning_compressm.discovery import SSMLayer
 from lightning_compressm.errors import CalibrationError
 from lightning_compressm.families import SelectiveFamily
 from lightning_compressm.families._base import tensor_of
+from lightning_compressm.families._selective import READOUT, SHIFT
 from lightning_compressm.local_refit import fit_output, output_error
 from lightning_compressm.policy import ReductionPolicy
 from lightning_compressm.recording import Context, Processes
@@ -116,7 +117,9 @@ class SelectiveAnalysis(LayerAnalysis):
             names = self.family.local_tensors(self.layer.module)
             fitted = {name: tensor_of(reduced, name) for name in names}
             error = fit_output(list(fitted.values()), lambda: self._runs(reduced), self.processes)
-            plan = _with_values(plan, {n: t.detach() for n, t in fitted.items()})
+            values = {name: tensor.detach() for name, tensor in fitted.items()}
+            shifts = {SHIFT + n: v - plan.edits[n].value.to(v) for n, v in values.items()}
+            plan = _with_values(plan, values, shifts)
         return plan, self.processes.agree(error)
 
     def _with_readout(self, plan: SurgeryPlan, keep: Tensor) -> SurgeryPlan:
@@ -124,7 +127,7 @@ class SelectiveAnalysis(LayerAnalysis):
         delta = refit_readout(batches, keep, add_up=self.processes.add_up)
         with torch.no_grad():
             values = self.family.write_readout(self.layer.module, keep, delta)
-        return _with_values(plan, values)
+        return _with_values(plan, values, {READOUT: delta})
 
     def _runs(self, reduced: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         """Outputs of the reduced layer and of the original one, batch by batch."""
@@ -188,11 +191,14 @@ def _capped(inputs: Tensor) -> Tensor:
     return inputs[: max(1, MAX_TOKENS // inputs.shape[1])]
 
 
-def _with_values(plan: SurgeryPlan, values: dict[str, Tensor]) -> SurgeryPlan:
+def _with_values(
+    plan: SurgeryPlan, values: dict[str, Tensor], projection: dict[str, Tensor]
+) -> SurgeryPlan:
+    """A refit's values, and what copies of the layer need to be refitted alike."""
     edits = dict(plan.edits)
     for name, value in values.items():
         edits[name] = TensorEdit(value, edits[name].moments) if name in edits else TensorEdit(value)
-    return SurgeryPlan(edits, plan.attributes)
+    return SurgeryPlan(edits, plan.attributes, {"": {**plan.projections[""], **projection}})
 
 
 def _orders(order: int, largest: int, round_to: int) -> Iterator[int]:

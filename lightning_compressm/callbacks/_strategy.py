@@ -7,15 +7,11 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import (
-    Callback,
-    ModelPruning,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
+from lightning.pytorch.callbacks import Callback, ModelPruning
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor
 
+from lightning_compressm.callbacks._averages import averages_of
 from lightning_compressm.compressor import apply_proposal
 from lightning_compressm.discovery import SSMLayer
 from lightning_compressm.errors import CompreSSMError, SurgeryError, UnsupportedStrategyError
@@ -25,6 +21,7 @@ from lightning_compressm.surgery.plan import SurgeryPlan
 
 __all__ = [
     "Ranks",
+    "carry_out",
     "check_optimizers",
     "check_precision",
     "check_trainer",
@@ -60,10 +57,10 @@ def check_trainer(trainer: pl.Trainer) -> None:
             f"{', '.join(_PRECISIONS)}."
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, WeightAveraging | StochasticWeightAveraging | ModelPruning):
+        if isinstance(callback, ModelPruning):
             raise UnsupportedStrategyError(
                 f"the callback {_name(callback)} is not supported together with a reduction yet: "
-                "it keeps copies or masks of the weights in their old shape. Leave it out."
+                "it keeps masks of the weights in their old shape. Leave it out."
             )
 
 
@@ -152,30 +149,50 @@ def swap(
     pl_module: pl.LightningModule,
     plan: SurgeryPlan,
     optimizer_state: OptimizerStatePolicy,
+    before: Callable[[pl.Trainer, pl.LightningModule], None],
 ) -> None:
-    """Carry out ``plan`` on every rank, or on none.
+    """Carry out ``plan`` on every rank, or on none, after calling ``before`` on each.
 
     Raises:
         SurgeryError: on every rank if any rank failed; model and optimizers are untouched.
     """
-    undo, error = None, None
-    try:
-        undo = apply_proposal(
+
+    def change() -> Callable[[], None]:
+        before(trainer, pl_module)
+        return apply_proposal(
             pl_module,
             plan,
             trainer.optimizers,
             optimizer_state,
             pending_gradients=not pl_module.automatic_optimization,
+            averages=averages_of(trainer, pl_module),
         )
+
+    carry_out(trainer.strategy, change)
+
+
+def carry_out(strategy: Strategy, change: Callable[[], Callable[[], None]]) -> None:
+    """Change the model's shape on every rank, or on none.
+
+    Args:
+        strategy: of the Trainer.
+        change: changes everything or raises; returns what takes it back.
+
+    Raises:
+        SurgeryError: on every rank if any rank failed.
+    """
+    undo, error = None, None
+    try:
+        undo = change()
     except Exception as raised:
         error = raised
-    if not trainer.strategy.reduce_boolean_decision(error is None, all=True):
+    if not strategy.reduce_boolean_decision(error is None, all=True):
         if undo is not None:
             undo()
         raise error or SurgeryError("another rank could not carry out the reduction; undone here.")
     assert undo is not None
     try:
-        _rewrap(trainer.strategy)
+        _rewrap(strategy)
     except BaseException:
         undo()
         raise

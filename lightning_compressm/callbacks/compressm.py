@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_compressm.callbacks._averages import (
+    align_averages,
+    average_to_current,
+    install_hooks_on_averages,
+)
+from lightning_compressm.callbacks._limits import is_last_step, total_steps
+from lightning_compressm.callbacks._rollback import RollbackGuard
 from lightning_compressm.callbacks._strategy import (
     check_optimizers,
     check_precision,
@@ -16,7 +24,7 @@ from lightning_compressm.callbacks._strategy import (
     swap,
 )
 from lightning_compressm.callbacks._watch import TrainingWatch
-from lightning_compressm.discovery import select_layers
+from lightning_compressm.discovery import SSMLayer, select_layers
 from lightning_compressm.policy import (
     DEFAULT_OUTPUT_ERROR,
     BalanceChoice,
@@ -27,7 +35,7 @@ from lightning_compressm.policy import (
 )
 from lightning_compressm.proposal import propose
 from lightning_compressm.recording import Processes
-from lightning_compressm.report import LayerEvent, format_table
+from lightning_compressm.report import LayerEvent, dimension_metrics, format_table
 from lightning_compressm.schedule import Schedule, Window
 from lightning_compressm.surgery.loading import install_resize_hooks
 from lightning_compressm.surgery.optimizer import OptimizerStatePolicy
@@ -72,9 +80,14 @@ class CompreSSMCallback(Callback):
         max_output_error: refuse a cut of a selective layer that changes its output on the
             calibration batches by more than this share (root mean squares); before that, try with
             more states. ``None`` for no limit.
-        monitor: roll-back on a worse validation metric; not available yet, must be ``None``.
-        mode: ``"min"`` or ``"max"``, for ``monitor``.
-        max_degradation: for ``monitor``.
+        monitor: name of a logged validation metric. The next validation after a reduction decides:
+            if it got worse than at the last validation before, the state of before the reduction
+            comes back (weights, buffers, optimizer state, averaged models; schedules go on), and
+            nothing is reduced any more. No reduction comes before the first validation then.
+        mode: whether lower (``"min"``) or higher (``"max"``) values of ``monitor`` are better.
+        max_degradation: by how much ``monitor`` may get worse, in its own unit.
+        rollback_dir: folder that keeps the state of before a reduction until it is judged, one file
+            for each rank; ``None`` for host memory, from where it goes into checkpoints.
         optimizer_state: ``"transport"`` carries optimizer moments through the change of basis,
             ``"truncate"`` slices them, ``"reset"`` drops them.
         verbose: log a table of every event on rank 0.
@@ -85,7 +98,6 @@ class CompreSSMCallback(Callback):
 
     Raises:
         ValueError: for contradictory or out-of-range arguments.
-        NotImplementedError: for ``monitor``.
 
     Source:
         CompreSSM, arXiv 2510.02823, algorithm 1.
@@ -125,14 +137,10 @@ class CompreSSMCallback(Callback):
         monitor: str | None = None,
         mode: Literal["min", "max"] = "min",
         max_degradation: float = 0.02,
+        rollback_dir: str | None = None,
         optimizer_state: OptimizerStatePolicy = "transport",
         verbose: bool = True,
     ) -> None:
-        if monitor is not None:
-            raise NotImplementedError(
-                f"monitor={monitor!r}: rolling a reduction back is not available yet. Leave "
-                "`monitor` out; `history` and the logged metrics show what was reduced when."
-            )
         check_choice("mode", mode, ("min", "max"))
         check_choice("optimizer_state", optimizer_state, ("transport", "truncate", "reset"))
         check_count("calibration_batches", calibration_batches)
@@ -156,6 +164,7 @@ class CompreSSMCallback(Callback):
             max_output_error=max_output_error,
         )
         self.schedule = Schedule(tuple(window), every_n_epochs, every_n_steps)  # type: ignore[arg-type]
+        self._new_guard = partial(RollbackGuard, monitor, mode, max_degradation, rollback_dir)
         self.calibration_batches = calibration_batches
         self.optimizer_state: OptimizerStatePolicy = optimizer_state
         self.verbose = verbose
@@ -167,10 +176,11 @@ class CompreSSMCallback(Callback):
         self._window: Window | None = None
         self._looks = 0
         self._looked_at_step = -1
-        self._overdue = False  # a look of before a resume that waits for calibration data
+        self._overdue = False  # a look that waits for calibration data or for a first validation
         self._last_step = -1
         self._pending: tuple[SurgeryPlan, list[LayerEvent]] | None = None
         self._watch = TrainingWatch(self.policy, self.calibration_batches)
+        self._guard = self._new_guard()
 
     @property
     def state_dims(self) -> dict[str, int]:
@@ -191,24 +201,27 @@ class CompreSSMCallback(Callback):
             if trainer.global_step == 0:
                 self._reset()
         install_resize_hooks(pl_module)
+        install_hooks_on_averages(trainer, pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check layers and optimizers, and tie the window to this run."""
-        layers = select_layers(pl_module, self.policy.layers, self.policy.ignore)
-        check_precision(trainer, layers.values())
+        check_precision(trainer, self._layers_of(pl_module).values())
         check_optimizers(trainer)
+        self._guard.check(trainer)
+        align_averages(trainer, pl_module)
         self._last_step = trainer.global_step
         self._watch.start()
         self._refresh_state_dims(pl_module)
         if self._window is None:
-            self._window = self.schedule.resolve(_total_steps(trainer))
+            self._window = self.schedule.resolve(total_steps(trainer))
         if self._window.end < 1:
             rank_zero_warn("CompreSSMCallback: the run is too short for a reduction.")
 
     # -- training ----------------------------------------------------------------------------
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Swap what the end of the last epoch committed to."""
+        """Go back, or swap what the end of the last epoch committed to."""
+        self._roll_back(trainer, pl_module)
         # A checkpoint written during validation is older than its epoch's look: catch up.
         self._look_at_epoch_end(trainer, pl_module, trainer.current_epoch - 1)
         self._execute(trainer, pl_module)
@@ -218,7 +231,8 @@ class CompreSSMCallback(Callback):
     ) -> None:
         """Watch the layers, as long as something about the data is to be learnt."""
         window = self._window
-        looking = window is not None and self._last_step <= window.end
+        looking = window is not None and (self._overdue or self._last_step <= window.end)
+        looking = looking and self._guard.allows_reduction
         self._watch.attach(pl_module, looking=looking)
 
     def on_train_batch_end(
@@ -235,21 +249,33 @@ class CompreSSMCallback(Callback):
         if step == self._last_step:  # gradients are still being accumulated
             return
         self._last_step = step
-        if self._window is None:
+        self._roll_back(trainer, pl_module)
+        if self._window is None or not self._guard.allows_reduction:
             return
         if not self._overdue and not self.schedule.due_at_step(self._window, step, self._looks):
             return
         if trainer.is_last_batch and self._due_at_epoch_end(trainer, trainer.current_epoch):
             return
-        if not _is_last_step(trainer):
-            self._commit(trainer, pl_module, trainer.current_epoch)
+        if not is_last_step(trainer):
+            self._look(trainer, pl_module, trainer.current_epoch)
             self._execute(trainer, pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Judge the latest reductions."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._guard.judge(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at the spectra and commit to a plan; log the dimensions of this epoch."""
-        self._log_metrics(trainer, pl_module)
-        if not _is_last_step(trainer):
+        metrics = dimension_metrics(self._state_dims, self.history)
+        pl_module.log_dict(metrics, sync_dist=trainer.world_size > 1)
+        if not is_last_step(trainer):
             self._look_at_epoch_end(trainer, pl_module, trainer.current_epoch)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go back if the last validation wants it."""
+        if self._roll_back(trainer, pl_module):
+            average_to_current(trainer, pl_module)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -271,6 +297,7 @@ class CompreSSMCallback(Callback):
             "looks": self._looks,
             "looked_at_step": self._looked_at_step,
             "sequences": self._watch.state_dict(),
+            "rollback": self._guard.state_dict(),
             "pending": pending,
         }
 
@@ -282,6 +309,7 @@ class CompreSSMCallback(Callback):
         self._looks = state_dict["looks"]
         self._looked_at_step = state_dict["looked_at_step"]
         self._watch.load_state_dict(state_dict["sequences"])
+        self._guard.load_state_dict(state_dict["rollback"])
         self._pending = None
         if pending is not None:
             events = [LayerEvent(**event) for event in pending["events"]]
@@ -293,6 +321,7 @@ class CompreSSMCallback(Callback):
         step = trainer.global_step
         return (
             self._window is not None
+            and self._guard.allows_reduction
             and 0 < step != self._looked_at_step
             and epoch >= 0
             and self.schedule.due_at_epoch_end(self._window, step, epoch)
@@ -301,13 +330,19 @@ class CompreSSMCallback(Callback):
     def _look_at_epoch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int
     ) -> None:
-        """Commit to a plan if it is time; after a resume, wait for a batch to calibrate on."""
-        if not self._due_at_epoch_end(trainer, epoch):
-            return
-        if self._watch.ready(pl_module):
-            self._commit(trainer, pl_module, epoch)
-        else:
+        """Commit to a plan if it is time."""
+        if self._due_at_epoch_end(trainer, epoch):
+            self._look(trainer, pl_module, epoch)
+
+    def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
+        """Commit to a plan, or wait for what that needs.
+
+        After a resume that is a batch to calibrate on, and with ``monitor`` a first validation.
+        """
+        if self._guard.waits or not self._watch.ready(pl_module):
             self._overdue = True
+        else:
+            self._commit(trainer, pl_module, epoch)
 
     def _commit(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
         """Decide together; every rank holds the plan of rank 0 afterwards."""
@@ -329,40 +364,28 @@ class CompreSSMCallback(Callback):
             return
         plan, events = self._pending
         if plan:
-            swap(trainer, pl_module, plan, self.optimizer_state)
+            swap(trainer, pl_module, plan, self.optimizer_state, before=self._guard.keep)
         self._pending = None
+        self._record(pl_module, events)
+
+    def _roll_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        """Go back if the latest validation wants it; whether it did."""
+        if not self._guard.verdict:
+            return False
+        events = self._guard.restore(trainer, pl_module, lambda: self._layers_of(pl_module))
+        self._pending = None
+        self._record(pl_module, events)
+        return True
+
+    def _record(self, pl_module: pl.LightningModule, events: list[LayerEvent]) -> None:
         self.history += [event.to_dict() for event in events]
         self._refresh_state_dims(pl_module)
-        if self.verbose:
+        if self.verbose and events:
             step = events[0].step
             rank_zero_info(f"CompreSSM after step {step}:\n{format_table(events)}")
 
+    def _layers_of(self, pl_module: pl.LightningModule) -> dict[str, SSMLayer]:
+        return select_layers(pl_module, self.policy.layers, self.policy.ignore)
+
     def _refresh_state_dims(self, pl_module: pl.LightningModule) -> None:
-        layers = select_layers(pl_module, self.policy.layers, self.policy.ignore)
-        self._state_dims = {name: layer.state_dim for name, layer in layers.items()}
-
-    def _log_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        kept = {e["layer"]: e["energy_kept"] for e in self.history if e["action"] == "reduce"}
-        metrics: dict[str, float] = {
-            "compressm/total_state_dim": float(sum(self._state_dims.values())),
-            "compressm/seconds": float(sum(event["seconds"] for event in self.history)),
-        }
-        for name, state_dim in self._state_dims.items():
-            metrics[f"compressm/state_dim/{name}"] = float(state_dim)
-            metrics[f"compressm/energy_kept/{name}"] = float(kept.get(name, 1.0))
-        pl_module.log_dict(metrics, sync_dist=trainer.world_size > 1)
-
-
-def _total_steps(trainer: pl.Trainer) -> float | None:
-    """Optimizer steps of this run, ``None`` where Lightning can't know them."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        scheduled = isinstance(callback, GradientAccumulationScheduler)
-        if scheduled and callback.going_to_accumulate_grad_batches():
-            return None
-    return float(trainer.estimated_stepping_batches)
-
-
-def _is_last_step(trainer: pl.Trainer) -> bool:
-    """Whether nothing will be trained after this step, as far as the Trainer's limits say."""
-    total = _total_steps(trainer)
-    return trainer.should_stop or (total is not None and 0 < total <= trainer.global_step)
+        self._state_dims = {n: x.state_dim for n, x in self._layers_of(pl_module).items()}

@@ -3,11 +3,13 @@
 from lightning_compressm.control.gramians import gramians, real_gramians
 from lightning_compressm.control.hankel import hankel_singular_values, per_state_energy
 from lightning_compressm.control.order import constrain_order, order_for_energy, order_for_fraction
+from lightning_compressm.control.projection import Projection
 from lightning_compressm.control.system import DiagonalLTI
 from lightning_compressm.control.truncation import Reduction, balanced_truncation
 
 __all__ = [
     "DiagonalLTI",
+    "Projection",
     "Reduction",
     "balanced_truncation",
     "constrain_order",

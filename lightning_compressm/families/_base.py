@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_compressm.control import DiagonalLTI, Reduction
+from lightning_compressm.control import DiagonalLTI, Projection, Reduction
 from lightning_compressm.surgery.apply import refuse_parametrized
 from lightning_compressm.surgery.plan import MomentRule, Refill, SurgeryPlan, TensorEdit, take
 
@@ -96,6 +96,15 @@ class FamilyBase(ABC):
         """
         return {name: (dim, index) for name, dim in self.state_axes(module).items()}
 
+    @abstractmethod
+    def projected_plan(self, module: nn.Module, projection: Mapping[str, Tensor]) -> SurgeryPlan:
+        """The plan that lets a copy with other values, an average of weights, follow a reduction.
+
+        Args:
+            module: a layer with the structure and size that the reduced one had.
+            projection: what the reduction's plan holds for it in ``projections``.
+        """
+
     def resize_plan(self, module: nn.Module, state_dim: int) -> SurgeryPlan:
         """The plan that gives ``module`` another state dimension before weights are loaded.
 
@@ -154,7 +163,17 @@ class Family(FamilyBase):
             name: TensorEdit(value.to(tensor_of(module, name).dtype), rules[name])
             for name, value in values.items()
         }
-        return SurgeryPlan(edits, self.attributes(module, reduction.system.order))
+        attributes = self.attributes(module, reduction.system.order)
+        return SurgeryPlan(edits, attributes, {"": Projection.of(reduction).to_dict()})
+
+    def projected_plan(self, module: nn.Module, projection: Mapping[str, Tensor]) -> SurgeryPlan:
+        """The same change of basis, truncated to the same states."""
+        system = Projection.from_dict(projection).apply(self.system(module).double())
+        edits = {
+            name: TensorEdit(value.to(tensor_of(module, name).dtype))
+            for name, value in self.write(module, system).items()
+        }
+        return SurgeryPlan(edits, self.attributes(module, system.order))
 
 
 def _is_computed(module: nn.Module, name: str) -> bool:

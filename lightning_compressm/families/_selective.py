@@ -14,7 +14,13 @@ from lightning_compressm.errors import NonFiniteError
 from lightning_compressm.families._base import FamilyBase, shape_source, tensor_of
 from lightning_compressm.surgery.plan import Select, SurgeryPlan, TensorEdit, take
 
-__all__ = ["SelectiveFamily"]
+__all__ = ["READOUT", "SHIFT", "SelectiveFamily"]
+
+READOUT = "readout"
+"""In a projection: (groups, r, N), added to the kept rows of C as ``delta C``."""
+
+SHIFT = "shift:"
+"""Prefix, in a projection, of what a local refit added to a tensor."""
 
 
 class SelectiveFamily(FamilyBase):
@@ -118,7 +124,22 @@ class SelectiveFamily(FamilyBase):
         for name, (dim, index) in self.state_entries(module, keep.cpu()).items():
             tensor = tensor_of(module, name).detach()
             edits[name] = TensorEdit(take(tensor, dim, index), Select(dim, index))
-        return SurgeryPlan(edits, self.attributes(module, keep.shape[1]))
+        return SurgeryPlan(edits, self.attributes(module, keep.shape[1]), {"": {"keep": keep}})
+
+    def projected_plan(self, module: nn.Module, projection: Mapping[str, Tensor]) -> SurgeryPlan:
+        """The same states, the same combination of the old C, the same shifts of a local refit."""
+        keep = projection["keep"]
+        plan = self.selection_plan(module, keep)
+        edits = dict(plan.edits)
+        if READOUT in projection:
+            with torch.no_grad():
+                values = self.write_readout(module, keep, projection[READOUT])
+            edits |= {name: TensorEdit(value) for name, value in values.items()}
+        for name, edit in plan.edits.items():
+            shift = projection.get(SHIFT + name)
+            if shift is not None:
+                edits[name] = TensorEdit(edit.value + shift.to(edit.value))
+        return SurgeryPlan(edits, plan.attributes)
 
     def check_finite(self, module: nn.Module) -> None:
         """Raise ``NonFiniteError`` if a tensor with states holds NaN or infinity."""

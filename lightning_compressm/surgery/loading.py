@@ -22,7 +22,7 @@ from lightning_compressm.surgery.plan import SurgeryPlan
 if TYPE_CHECKING:
     from lightning_compressm.families import FamilyBase
 
-__all__ = ["install_resize_hooks", "load_compressed", "resize_on_load"]
+__all__ = ["install_resize_hooks", "load_compressed", "resize_all_plan", "resize_on_load"]
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -84,7 +84,7 @@ def _install(module: nn.Module, hook: Callable[..., None]) -> None:
 def _resize_layers_on_load(
     model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object
 ) -> None:
-    plan = _resize_all_plan(model, state_dict, prefix)
+    plan = resize_all_plan(model, state_dict, prefix)
     if plan:
         apply_plan(model, plan)
 
@@ -116,7 +116,7 @@ def load_compressed(model: ModuleT, checkpoint: str | PathLike[str] | Mapping[st
     # Copying into tensors without storage would silently leave the model empty.
     assign = any(t.is_meta for t in (*model.parameters(), *model.buffers()))
     try:
-        applied = apply_plan(model, _resize_all_plan(model, state_dict, ""))
+        applied = apply_plan(model, resize_all_plan(model, state_dict, ""))
         model.load_state_dict(state_dict, assign=assign)
     except Exception as error:
         applied.undo()
@@ -146,8 +146,21 @@ def _state_dict_of(checkpoint: str | PathLike[str] | Mapping[str, Any]) -> Mappi
     return content
 
 
-def _resize_all_plan(model: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> SurgeryPlan:
-    """One plan for all layers, so that tensors which they share stay shared."""
+def resize_all_plan(model: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> SurgeryPlan:
+    """The plan that gives all layers of a model the state dimensions of saved tensors.
+
+    It is one plan for all, so that tensors which they share stay shared. Its values mean nothing.
+
+    Args:
+        model: any module.
+        state_dict: name -> saved tensor.
+        prefix: where ``model`` lives in it.
+
+    Example:
+        >>> from lightning_compressm.nn import LRU
+        >>> resize_all_plan(LRU(4, 8), LRU(4, 3).state_dict(), "").attributes
+        {'d_state': 3}
+    """
     from lightning_compressm.families import model_attributes, named_layers
 
     plans, state_dims = [], {}

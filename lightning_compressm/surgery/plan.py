@@ -120,6 +120,8 @@ class SurgeryPlan:
     Attributes:
         edits: dotted tensor name -> :class:`TensorEdit`.
         attributes: dotted attribute name -> new value (numbers, strings, tensors).
+        projections: module name -> named tensors with which the family of that layer lets a copy of
+            it, with other values (an average of the weights), follow.
 
     Example:
         >>> import torch
@@ -130,6 +132,7 @@ class SurgeryPlan:
 
     edits: Mapping[str, TensorEdit] = field(default_factory=dict)
     attributes: Mapping[str, Any] = field(default_factory=dict)
+    projections: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         """Whether the plan changes anything."""
@@ -143,7 +146,9 @@ class SurgeryPlan:
             f"{prefix}.{name}": TensorEdit(edit.value, _prefix_rule(edit.moments, prefix))
             for name, edit in self.edits.items()
         }
-        return SurgeryPlan(edits, {f"{prefix}.{k}": v for k, v in self.attributes.items()})
+        attributes = {f"{prefix}.{name}": value for name, value in self.attributes.items()}
+        projections = {_joined(prefix, name): p for name, p in self.projections.items()}
+        return SurgeryPlan(edits, attributes, projections)
 
     @staticmethod
     def merge(plans: Iterable[SurgeryPlan]) -> SurgeryPlan:
@@ -154,12 +159,14 @@ class SurgeryPlan:
         """
         edits: dict[str, TensorEdit] = {}
         attributes: dict[str, Any] = {}
+        projections: dict[str, Mapping[str, Tensor]] = {}
         for plan in plans:
             if twice := edits.keys() & plan.edits.keys():
                 raise SurgeryError(f"expected each tensor in one plan; got {sorted(twice)} twice.")
             edits.update(plan.edits)
             attributes.update(plan.attributes)
-        return SurgeryPlan(edits, attributes)
+            projections.update(plan.projections)
+        return SurgeryPlan(edits, attributes, projections)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, strings, numbers and CPU tensors (loads with ``weights_only=True``)."""
@@ -167,8 +174,10 @@ class SurgeryPlan:
             name: {"value": edit.value, **_rule_to_dict(edit.moments)}
             for name, edit in self.edits.items()
         }
-        data: dict[str, Any] = _on_cpu({"edits": edits, "attributes": dict(self.attributes)})
-        return data
+        projections = {name: dict(tensors) for name, tensors in self.projections.items()}
+        data: dict[str, Any] = {"edits": edits, "attributes": dict(self.attributes)}
+        on_cpu: dict[str, Any] = _on_cpu(data | {"projections": projections})
+        return on_cpu
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> SurgeryPlan:
@@ -177,7 +186,8 @@ class SurgeryPlan:
             name: TensorEdit(entry["value"], _RULES[entry["rule"]](**entry["moments"]))
             for name, entry in data["edits"].items()
         }
-        return SurgeryPlan(edits, dict(data["attributes"]))
+        # Plans that were saved before copies could follow have none.
+        return SurgeryPlan(edits, dict(data["attributes"]), dict(data.get("projections", {})))
 
 
 def _rule_to_dict(rule: MomentRule) -> dict[str, Any]:
@@ -188,6 +198,10 @@ def _rule_to_dict(rule: MomentRule) -> dict[str, Any]:
     if isinstance(rule, Contract):
         moments["weights"] = dict(rule.weights)
     return {"rule": kind, "moments": moments}
+
+
+def _joined(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if name else prefix
 
 
 def _on_cpu(value: Any) -> Any:

@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     ModelCheckpoint,
-    StochasticWeightAveraging,
 )
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -300,11 +299,6 @@ def test_bad_arguments_are_refused(arguments: dict[str, Any], message: str) -> N
         CompreSSMCallback(**arguments)
 
 
-def test_monitor_says_that_it_is_missing() -> None:
-    with pytest.raises(NotImplementedError, match="not available yet"):
-        CompreSSMCallback(monitor="val_loss")
-
-
 class Plain(pl.LightningModule):
     """No SSM layer at all."""
 
@@ -425,12 +419,6 @@ def test_strategies_and_precisions_refused_by_name(
     fit = trainer(tmp_path, CompreSSMCallback(), **settings)
     with pytest.raises(UnsupportedStrategyError, match=message):
         CompreSSMCallback().setup(fit, Classifier(), "fit")
-
-
-def test_weight_averaging_is_refused(tmp_path: Any) -> None:
-    swa = StochasticWeightAveraging(swa_lrs=1e-3)
-    with pytest.raises(UnsupportedStrategyError, match="StochasticWeightAveraging"):
-        trainer(tmp_path, CompreSSMCallback(), swa).fit(Classifier(), loader())
 
 
 def test_two_callbacks_keep_apart_states(tmp_path: Any) -> None:

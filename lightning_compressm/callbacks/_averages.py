@@ -1,0 +1,53 @@
+"""Averaged models that other callbacks keep: weight averaging, EMA, stochastic weight averaging."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import WeightAveraging
+from torch import nn
+
+from lightning_compressm.families import named_layers
+from lightning_compressm.surgery.copies import find_copies
+from lightning_compressm.surgery.loading import install_resize_hooks
+
+__all__ = ["align_averages", "average_to_current", "averages_of", "install_hooks_on_averages"]
+
+
+def averages_of(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[nn.Module]:
+    """Every module held by a callback that is a copy of the model or of a part of it."""
+    held = [
+        value
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        for value in vars(callback).values()
+        if isinstance(value, nn.Module)
+    ]
+    return [copy.root for copy in find_copies(pl_module, held)]
+
+
+def install_hooks_on_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Let averages load checkpoints of reduced models, those that are already there."""
+    for average in averages_of(trainer, pl_module):
+        install_resize_hooks(average)
+
+
+def align_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """An average of other state dimensions than the model's starts from the model's weights.
+
+    It is left over where a reduced checkpoint was resumed that had been written without it.
+    """
+    for copy in find_copies(pl_module, averages_of(trainer, pl_module)):
+        original = pl_module.get_submodule(copy.path)
+        if _state_dims(original) != _state_dims(copy.mirror):
+            install_resize_hooks(copy.mirror)
+            copy.mirror.load_state_dict(original.state_dict())
+
+
+def average_to_current(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """At the end of training, give the model the averaged weights, as its callback has done."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging):
+            callback.on_train_end(trainer, pl_module)
+
+
+def _state_dims(module: nn.Module) -> dict[str, int]:
+    return {path: family.state_dim(layer) for path, layer, family in named_layers(module)}

@@ -1,0 +1,197 @@
+"""The safety net: judge reductions by a validation metric, and go back where it got worse."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_compressm.callbacks._averages import averages_of
+from lightning_compressm.callbacks._strategy import carry_out
+from lightning_compressm.discovery import SSMLayer
+from lightning_compressm.errors import CheckpointError
+from lightning_compressm.report import LayerEvent
+from lightning_compressm.surgery.snapshot import Snapshot
+
+__all__ = ["RollbackGuard"]
+
+
+class RollbackGuard:
+    """Keeps the state of before the reductions that no validation has judged yet.
+
+    Args:
+        monitor: name of the logged metric, ``None`` to judge nothing.
+        mode: whether the metric is better when lower ("min") or higher ("max").
+        max_degradation: how much worse it may get, in the metric's own unit.
+        directory: where to keep the state; ``None`` for host memory, and for checkpoints with it.
+
+    Attributes:
+        reference: the metric at the latest validation whose weights were accepted.
+        verdict: why the latest reductions are to be taken back; empty if they are not.
+        stopped: whether something was taken back, so that nothing may be reduced any more.
+    """
+
+    def __init__(
+        self,
+        monitor: str | None,
+        mode: Literal["min", "max"],
+        max_degradation: float,
+        directory: str | None,
+    ) -> None:
+        self.monitor, self.mode, self.max_degradation = monitor, mode, max_degradation
+        self.directory = directory
+        self.reference: float | None = None
+        self.verdict = ""
+        self.stopped = False
+        self._snapshot: Snapshot | None = None
+        self._file: str | None = None
+
+    @property
+    def allows_reduction(self) -> bool:
+        """Whether a reduction may be decided on now."""
+        return not self.stopped and not self.verdict
+
+    @property
+    def waits(self) -> bool:
+        """Whether there is no metric yet that a reduction could be judged against."""
+        return self.monitor is not None and self.reference is None
+
+    def check(self, trainer: pl.Trainer) -> None:
+        """Refuse a run without validation.
+
+        Raises:
+            ValueError: if nothing would ever be judged.
+        """
+        if self.monitor is not None and not trainer.enable_validation:
+            raise ValueError(
+                f"monitor={self.monitor!r}: expected a run with validation, got none; the next "
+                "validation decides whether a reduction stays. Give the Trainer a validation "
+                "loader and the module a validation_step, or leave `monitor` out."
+            )
+
+    def keep(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the present state, unless an older one still waits for its verdict."""
+        if self.monitor is None or self._snapshot is not None or self._file is not None:
+            return
+        averages = averages_of(trainer, pl_module)
+        snapshot = Snapshot.take(pl_module, trainer.optimizers, averages)
+        if self.directory is None:
+            self._snapshot = snapshot
+        else:
+            self._file = str(self._write(snapshot, trainer.global_rank))
+
+    def judge(self, trainer: pl.Trainer) -> None:
+        """Compare the metric of a validation with the one of before the latest reductions.
+
+        Raises:
+            ValueError: if the metric was not logged.
+        """
+        if self.monitor is None or self.verdict:
+            return
+        metrics = trainer.callback_metrics
+        if self.monitor not in metrics:
+            raise ValueError(
+                f"monitor={self.monitor!r} was not logged by the validation; got: "
+                f"{', '.join(map(repr, sorted(metrics)))}. Log it in validation_step."
+            )
+        value: float = trainer.strategy.broadcast(float(metrics[self.monitor]))
+        waiting = self._snapshot is not None or self._file is not None
+        if waiting and self._is_worse(value):
+            self.verdict = (
+                f"{self.monitor} went from {self.reference:.6g} to {value:.6g}, by more than "
+                f"{self.max_degradation:g}"
+            )
+            return
+        self.reference = value
+        self.forget()
+
+    def _is_worse(self, value: float) -> bool:
+        if self.reference is None or math.isnan(self.reference):
+            return False
+        change = value - self.reference
+        return not (change if self.mode == "min" else -change) <= self.max_degradation
+
+    def restore(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        layers_of: Callable[[], Mapping[str, SSMLayer]],
+    ) -> list[LayerEvent]:
+        """Bring back the kept state on every rank, or on none, and stop reducing.
+
+        Returns:
+            One event for each of the layers whose state dimension changed.
+        """
+        before = {name: layer.state_dim for name, layer in layers_of().items()}
+        snapshot = self._read(trainer.global_rank) if self._snapshot is None else self._snapshot
+        averages = averages_of(trainer, pl_module)
+        carry_out(
+            trainer.strategy, lambda: snapshot.restore(pl_module, trainer.optimizers, averages)
+        )
+        events = [
+            LayerEvent(
+                layer=name,
+                family=layer.family.name,
+                action="rollback",
+                old_state_dim=before[name],
+                new_state_dim=layer.state_dim,
+                reason=self.verdict,
+            ).at(trainer.global_step, trainer.current_epoch)
+            for name, layer in layers_of().items()
+            if layer.state_dim != before[name]
+        ]
+        reason, self.verdict, self.stopped = self.verdict, "", True
+        self.forget()
+        rank_zero_warn(f"CompreSSMCallback took the last reduction back: {reason}.")
+        return events
+
+    def forget(self) -> None:
+        """Drop the kept state."""
+        if self._file is not None:
+            Path(self._file).unlink(missing_ok=True)
+        self._snapshot, self._file = None, None
+
+    def _write(self, snapshot: Snapshot, rank: int) -> Path:
+        assert self.directory is not None
+        path = Path(self.directory).absolute() / f"before_reduction.rank{rank}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".part")
+        torch.save(snapshot.to_dict(), unfinished)
+        return unfinished.replace(path)
+
+    def _read(self, rank: int) -> Snapshot:
+        assert self._file is not None
+        saved = Path(self._file)
+        # A resumed run may have more ranks than the one that wrote; they all hold the same.
+        own = saved.with_name(f"before_reduction.rank{rank}.pt")
+        path = own if own.exists() else saved
+        try:
+            return Snapshot.from_dict(torch.load(path, map_location="cpu", weights_only=True))
+        except Exception as error:
+            raise CheckpointError(
+                f"the reduction was to be rolled back ({self.verdict}), but '{path}' can't be "
+                f"read: {error}. The model is as it was; resume from an earlier checkpoint."
+            ) from error
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types and tensors; the kept state itself, or where it lies."""
+        return {
+            "reference": self.reference,
+            "verdict": self.verdict,
+            "stopped": self.stopped,
+            "snapshot": None if self._snapshot is None else self._snapshot.to_dict(),
+            "file": self._file,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a saved state."""
+        self.reference = state_dict["reference"]
+        self.verdict, self.stopped = state_dict["verdict"], state_dict["stopped"]
+        snapshot = state_dict["snapshot"]
+        self._snapshot = None if snapshot is None else Snapshot.from_dict(snapshot)
+        self._file = state_dict["file"]

@@ -1,0 +1,147 @@
+"""Running averages of a model's weights: they have to follow every change of its shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from lightning_compressm.errors import UnsupportedLayerError
+from lightning_compressm.surgery.plan import SurgeryPlan
+
+__all__ = ["ModelCopy", "averages_inside", "find_copies", "inside_average"]
+
+
+@dataclass(frozen=True, eq=False)
+class ModelCopy:
+    """A module that holds other values for a model or a part of it.
+
+    Attributes:
+        root: the copy with all that belongs to it, such as a count of averaged steps.
+        mirror: the module in it that has the structure of the original.
+        path: where the original lives in the model.
+
+    Example:
+        >>> from lightning_compressm.nn import LRU
+        >>> model = nn.Sequential(nn.Linear(2, 4), LRU(4, 8))
+        >>> find_copies(model, [AveragedModel(model)])[0].path
+        ''
+    """
+
+    root: nn.Module
+    mirror: nn.Module
+    path: str
+
+    def plan(self, plan: SurgeryPlan) -> SurgeryPlan:
+        """The same reduction for this copy, relative to its ``mirror``.
+
+        Raises:
+            UnsupportedLayerError: if a family's plan does not say how copies follow.
+        """
+        from lightning_compressm.families import find_family
+
+        for name in plan.edits:
+            if not any(_inside(name, layer) for layer in plan.projections):
+                raise UnsupportedLayerError(
+                    f"'{name}' is reduced, but its family does not say how an average of the "
+                    "weights follows; expected its plan to have `projections`. Let the family's "
+                    "reduction_plan() extend that of Family, or leave weight averaging out."
+                )
+        plans = [SurgeryPlan({}, dict(self._attributes(plan)))]
+        for layer, projection in plan.projections.items():
+            if not _inside(layer, self.path):
+                continue
+            inner = _relative(layer, self.path)
+            module = self.mirror.get_submodule(inner)
+            family = find_family(module)
+            if family is None:
+                raise UnsupportedLayerError(
+                    f"the averaged copy of '{layer}' is a {type(module).__name__} that no family "
+                    "knows; expected the same layer as in the model. Leave weight averaging out."
+                )
+            plans.append(family.projected_plan(module, projection).prefixed(inner))
+        return SurgeryPlan.merge(plans)
+
+    def _attributes(self, plan: SurgeryPlan) -> Iterator[tuple[str, object]]:
+        for name, value in plan.attributes.items():
+            if _inside(name, self.path):
+                yield _relative(name, self.path), deepcopy(value)
+
+
+def find_copies(model: nn.Module, candidates: Iterable[object]) -> list[ModelCopy]:
+    """Those candidates that are copies of the model, or of a part of it with SSM layers.
+
+    Args:
+        model: the original.
+        candidates: any objects; an ``AveragedModel`` counts as what it averages.
+
+    Returns:
+        One entry for each copy. A module that shares tensors with the model is none.
+
+    Example:
+        >>> from lightning_compressm.nn import LRU
+        >>> model = LRU(4, 8)
+        >>> [len(find_copies(model, [x])) for x in (deepcopy(model), model, nn.Linear(2, 2), 3)]
+        [1, 0, 0, 0]
+    """
+    own = {id(tensor) for tensor in model.parameters()}
+    own -= {id(t) for average in averages_inside(model) for t in average.parameters()}
+    copies = []
+    for root in candidates:
+        if not isinstance(root, nn.Module) or any(id(t) in own for t in root.parameters()):
+            continue
+        mirror = root.module if isinstance(root, AveragedModel) else root
+        path = _original(model, mirror)
+        if path is not None:
+            copies.append(ModelCopy(root, mirror, path))
+    return copies
+
+
+def averages_inside(model: nn.Module) -> list[AveragedModel]:
+    """Every ``AveragedModel`` below the root of ``model``.
+
+    Example:
+        >>> len(averages_inside(nn.ModuleList([AveragedModel(nn.Linear(2, 2))])))
+        1
+    """
+    return [m for m in model.modules() if isinstance(m, AveragedModel) and m is not model]
+
+
+def inside_average(model: nn.Module) -> set[int]:
+    """Ids of the modules that belong to an ``AveragedModel`` below the root of ``model``.
+
+    Example:
+        >>> inside_average(nn.Linear(2, 2))
+        set()
+    """
+    return {id(module) for average in averages_inside(model) for module in average.modules()}
+
+
+def _original(model: nn.Module, mirror: nn.Module) -> str | None:
+    """Where the module lives whose class and SSM layers a copy has."""
+    layers, skipped = _layer_paths(mirror), inside_average(model)
+    if not layers:
+        return None
+    for path, module in model.named_modules():
+        same = type(module) is type(mirror) and id(module) not in skipped
+        if same and _layer_paths(module) == layers:
+            return str(path)
+    return None
+
+
+def _layer_paths(module: nn.Module) -> list[str]:
+    from lightning_compressm.families import named_layers
+
+    skipped = inside_average(module)
+    return [path for path, layer, _ in named_layers(module) if id(layer) not in skipped]
+
+
+def _inside(name: str, path: str) -> bool:
+    return not path or name == path or name.startswith(f"{path}.")
+
+
+def _relative(name: str, path: str) -> str:
+    return name[len(path) :].lstrip(".") if path else name

@@ -1,0 +1,220 @@
+"""Values of a model, its optimizers and averages, to go back to after a change of shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_compressm.errors import SurgeryError
+from lightning_compressm.surgery.apply import AppliedSurgery, apply_plan
+from lightning_compressm.surgery.loading import resize_all_plan
+from lightning_compressm.surgery.optimizer import rebind_optimizers
+from lightning_compressm.surgery.plan import SurgeryPlan, TensorEdit
+
+__all__ = ["Snapshot"]
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """Copies in host memory, as plain data.
+
+    Learning rates and whatever else schedulers change are not part of it: a schedule goes on.
+
+    Attributes:
+        model: name -> parameter or buffer, also those that a state dict leaves out.
+        optimizers: for each optimizer, position of a parameter -> its state.
+        averages: the same as ``model`` for each averaged copy.
+
+    Example:
+        >>> from lightning_compressm import compress
+        >>> from lightning_compressm.nn import LRU
+        >>> layer = LRU(1, 16)
+        >>> snapshot = Snapshot.take(layer)
+        >>> _ = compress(layer, state_dim=4)
+        >>> undo = snapshot.restore(layer)
+        >>> layer.d_state
+        16
+    """
+
+    model: Mapping[str, Tensor]
+    optimizers: Sequence[Mapping[int, Any]] = field(default_factory=list)
+    averages: Sequence[Mapping[str, Tensor]] = field(default_factory=list)
+
+    @staticmethod
+    def take(
+        model: nn.Module,
+        optimizers: Iterable[Optimizer] = (),
+        averages: Iterable[nn.Module] = (),
+    ) -> Snapshot:
+        """Copy everything to host memory."""
+        return Snapshot(
+            _values(model),
+            [_states(optimizer) for optimizer in optimizers],
+            [_values(average) for average in averages],
+        )
+
+    def restore(
+        self,
+        model: nn.Module,
+        optimizers: Iterable[Optimizer] = (),
+        averages: Iterable[nn.Module] = (),
+    ) -> Callable[[], None]:
+        """Bring all of it back, in the shapes of then; or leave everything as it is.
+
+        Args:
+            model: the one that the snapshot was taken of.
+            optimizers: as many as then, in the same order.
+            averages: as many as then, in the same order.
+
+        Returns:
+            A function that takes it back.
+
+        Raises:
+            SurgeryError: if models or optimizers are not those of the snapshot.
+        """
+        optimizers, averages = list(optimizers), list(averages)
+        self._check(optimizers, averages)
+        undos: list[Callable[[], None]] = []
+
+        def undo() -> None:
+            while undos:
+                undos.pop()()
+
+        try:
+            applied = _restore_values(model, self.model, undos)
+            undos.append(rebind_optimizers(optimizers, applied, "reset"))
+            for optimizer, states in zip(optimizers, self.optimizers, strict=True):
+                _restore_states(optimizer, states)
+            for average, values in zip(averages, self.averages, strict=True):
+                _restore_values(average, values, undos)
+        except BaseException:
+            undo()
+            raise
+        return undo
+
+    def _check(self, optimizers: Sequence[Optimizer], averages: Sequence[nn.Module]) -> None:
+        for what, now, then in (
+            ("optimizers", len(optimizers), len(self.optimizers)),
+            ("averaged models", len(averages), len(self.averages)),
+        ):
+            if now != then:
+                raise SurgeryError(
+                    f"expected {then} {what} as when the state was kept, got {now}; nothing was "
+                    "changed. Resume with the optimizers and callbacks that the run had."
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and CPU tensors (loads with ``weights_only=True``)."""
+        return {
+            "model": dict(self.model),
+            "optimizers": [dict(states) for states in self.optimizers],
+            "averages": [dict(values) for values in self.averages],
+        }
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Snapshot:
+        """The inverse of :meth:`to_dict`."""
+        return Snapshot(data["model"], data["optimizers"], data["averages"])
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _values(module: nn.Module) -> dict[str, Tensor]:
+    return {name: _kept(tensor) for name, tensor in _tensors(module).items()}
+
+
+def _states(optimizer: Optimizer) -> dict[int, Any]:
+    return {
+        position: _kept(optimizer.state[parameter])
+        for position, parameter in enumerate(_parameters(optimizer))
+        if optimizer.state.get(parameter)
+    }
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _kept(value: Any) -> Any:
+    """A copy in host memory, also of the tensors in dicts and lists."""
+    if torch.is_tensor(value):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _kept(item) for key, item in value.items()}
+    return [_kept(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _restore_values(
+    module: nn.Module, saved: Mapping[str, Tensor], undos: list[Callable[[], None]]
+) -> AppliedSurgery:
+    """New objects where the shape is another one, new values elsewhere."""
+    now = _tensors(module)
+    if now.keys() != saved.keys():
+        raise SurgeryError(
+            "expected the model whose state was kept, got one with other parameters or buffers: "
+            f"{sorted(now.keys() ^ saved.keys())}; nothing was changed."
+        )
+    saved_of = {id(tensor): saved[name] for name, tensor in now.items()}
+    resized = resize_all_plan(module, saved, "")
+    edits = {
+        name: TensorEdit(saved_of[id(_find(module, name))], edit.moments)
+        for name, edit in resized.edits.items()
+    }
+    applied = apply_plan(module, SurgeryPlan(edits, resized.attributes))
+    undos.append(applied.undo)
+    changed = {id(replacement.old) for replacement in applied.replaced.values()}
+    with torch.no_grad():
+        for name, tensor in now.items():
+            if id(tensor) not in changed:
+                undos.append(_value_restorer(tensor, tensor.detach().clone()))
+                tensor.copy_(saved[name])
+    return applied
+
+
+def _find(module: nn.Module, name: str) -> Tensor:
+    path, _, key = name.rpartition(".")
+    tensor: Tensor = getattr(module.get_submodule(path), key)
+    return tensor
+
+
+def _value_restorer(tensor: Tensor, before: Tensor) -> Callable[[], None]:
+    def restore() -> None:
+        with torch.no_grad():
+            tensor.copy_(before)
+
+    return restore
+
+
+def _restore_states(optimizer: Optimizer, states: Mapping[int, Any]) -> None:
+    for group, parameter, position in _positions(optimizer):
+        if position in states:
+            optimizer.state[parameter] = {
+                key: _placed(value, key, group, parameter)
+                for key, value in states[position].items()
+            }
+        else:
+            optimizer.state.pop(parameter, None)
+
+
+def _positions(optimizer: Optimizer) -> list[tuple[dict[str, Any], Tensor, int]]:
+    pairs = [(group, p) for group in optimizer.param_groups for p in group["params"]]
+    return [(group, p, position) for position, (group, p) in enumerate(pairs)]
+
+
+def _placed(value: Any, key: str, group: Mapping[str, Any], parameter: Tensor) -> Any:
+    """On the parameter's device, but for step counts that are read by the host."""
+    if torch.is_tensor(value):
+        on_device = group.get("capturable") or group.get("fused") or key != "step"
+        return value.to(parameter.device if on_device else "cpu", copy=True)
+    if isinstance(value, dict):
+        return {name: _placed(item, key, group, parameter) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_placed(item, key, group, parameter) for item in value]
+    return value
