@@ -10,6 +10,7 @@ from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_compressm import _contract as common
 from lightning_compressm._contract import expect
@@ -277,6 +278,24 @@ def _surroundings_survive(family: FamilyBase) -> None:
         common.run(layer, inputs)
         expect(len(calls) == 1, f"a forward hook fired {len(calls)} times in one call")
         expect(not any(m.training for m in root.modules()), "the layer left evaluation mode")
+
+
+@_point
+def _averages_follow(family: FamilyBase) -> None:
+    """An average that holds the layer's own values computes what the reduced layer computes."""
+    layer, inputs = common.example(family, double=True)
+    average = AveragedModel(layer)
+    root = nn.ModuleDict({"layer": layer, "average": average})
+    order = common.half(family, layer)
+    common.reduce(family, layer, order, root=root, prefix="layer")
+    common.expect_dim(family, average.module, order, "in an average of the layer")
+    wanted = common.run(layer, inputs)
+    error = common.relative(common.run(average.module, inputs), wanted)
+    expect(
+        error <= 1e-8,
+        f"an average of the same values gives an output that differs by {error:.2g} (relative); "
+        "expected the same. reduction_plan() and projected_plan() do not agree",
+    )
 
 
 @_point

@@ -71,7 +71,7 @@ class Projection:
 
         The projected state matrix is diagonal up to the first order in the difference of the two
         systems; the rest is left out, since diagonalising it again would leave the coordinates.
-        Radii are kept at or below the largest of ``system``.
+        Radii are kept at or below the largest of ``system`` and of the reduced system.
 
         Args:
             system: N states, complex128, with the batch dimensions of the reduced one.
@@ -109,8 +109,9 @@ class Projection:
 
 
 def _within(eigenvalues: Tensor, system: DiagonalLTI, old: Tensor) -> Tensor:
-    """In the half-plane of the reduced system's poles, and not closer to the circle than before."""
+    """In the half-plane of the reduced system's poles, and no closer to the circle than any."""
     upper = (old.imag >= 0) & (eigenvalues.imag < 0)
     eigenvalues = torch.where(upper, eigenvalues.real.to(eigenvalues.dtype), eigenvalues)
-    limit = system.eigenvalues.abs().amax(-1, keepdim=True)
+    radii = torch.cat((system.eigenvalues.abs(), old.abs()), -1)
+    limit = radii.amax(-1, keepdim=True)
     return eigenvalues * (limit / eigenvalues.abs().clamp(min=1e-300)).clamp(max=1)

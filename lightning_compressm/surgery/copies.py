@@ -122,21 +122,23 @@ def inside_average(model: nn.Module) -> set[int]:
 
 def _original(model: nn.Module, mirror: nn.Module) -> str | None:
     """Where the module lives whose class and SSM layers a copy has."""
-    layers, skipped = _layer_paths(mirror), inside_average(model)
+    layers, skipped = _layers(mirror), inside_average(model)
     if not layers:
         return None
     for path, module in model.named_modules():
         same = type(module) is type(mirror) and id(module) not in skipped
-        if same and _layer_paths(module) == layers:
+        if same and _layers(module) == layers:
             return str(path)
     return None
 
 
-def _layer_paths(module: nn.Module) -> list[str]:
+def _layers(module: nn.Module) -> list[tuple[str, str]]:
+    """Path and family of every SSM layer, those of averages inside left out."""
     from lightning_compressm.families import named_layers
 
     skipped = inside_average(module)
-    return [path for path, layer, _ in named_layers(module) if id(layer) not in skipped]
+    found = named_layers(module)
+    return [(path, family.name) for path, layer, family in found if id(layer) not in skipped]
 
 
 def _inside(name: str, path: str) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_compressm import CompreSSMCallback
@@ -26,7 +26,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "find_unused": {"find_unused_parameters": True},
     "frozen": {},
     "manual_static": {"static_graph": True},
+    "ema": {},
+    "rollback": {"static_graph": True},
 }
+
+
+class Scored(Classifier):
+    """Its score gets worse after the reduction at the end of the second epoch."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("score", float(self.current_epoch == 2 and not self.trainer.sanity_checking))
 
 
 class FailOnRank(Callback):
@@ -57,13 +66,20 @@ class Manual(Classifier):
 def run(case: str, tmp: Path, *, devices: int) -> dict[str, Any]:
     """Train one case; with one device it is the reference of the same global batch."""
     optimizer, option = case.split("/")
-    model = (Manual if option == "manual_static" else Classifier)(optimizer)
+    model = {"manual_static": Manual, "rollback": Scored}.get(option, Classifier)(optimizer)
     if option == "frozen":
         model.net.first.requires_grad_(False)
     strategy = DDPStrategy(process_group_backend="gloo", **OPTIONS[option])
-    callback = CompreSSMCallback(tolerance=0.2, window=(0.0, 0.6), verbose=False)
+    callback = CompreSSMCallback(
+        tolerance=0.2,
+        window=(0.0, 0.6),
+        every_n_epochs=2 if option == "rollback" else 1,
+        monitor="score" if option == "rollback" else None,
+        verbose=False,
+    )
+    others = [EMAWeightAveraging(decay=0.9)] if option == "ema" else []
     settings = {"strategy": strategy, "devices": devices} if devices > 1 else {}
-    trainer(tmp, callback, max_epochs=4, **settings).fit(model, loader())
+    trainer(tmp, *others, callback, max_epochs=4, **settings).fit(model, loader(), loader(1))
     return {
         "state_dict": model.state_dict(),
         "history": [{**event, "seconds": 0.0} for event in callback.history],

@@ -135,7 +135,7 @@ BROKEN: dict[str, tuple[dict[str, Callable[..., Any]], str]] = {
 @pytest.mark.parametrize(("methods", "point"), BROKEN.values(), ids=BROKEN)
 def test_a_broken_family_is_caught(methods: dict[str, Callable[..., Any]], point: str):
     broken = register_family(type("Broken", (DecayFamily,), {"name": "Broken", **methods}))
-    with pytest.raises(AssertionError, match=rf"Broken breaks \d of 11 points:(.|\n)*- {point}: "):
+    with pytest.raises(AssertionError, match=rf"Broken breaks \d of 12 points:(.|\n)*- {point}: "):
         check_family(broken)
 
 
@@ -212,7 +212,7 @@ def test_a_broken_selective_family_is_caught(
     base: type[FamilyBase], methods: dict[str, Callable[..., Any]], point: str
 ):
     broken = register_family(type("Broken", (base,), {"name": "Broken", **methods}))
-    with pytest.raises(AssertionError, match=rf"Broken breaks \d of 11 points:(.|\n)*- {point}: "):
+    with pytest.raises(AssertionError, match=rf"Broken breaks \d of 12 points:(.|\n)*- {point}: "):
         check_family(broken)
 
 
