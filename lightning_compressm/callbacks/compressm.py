@@ -331,15 +331,16 @@ class CompreSSMCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int
     ) -> None:
         """Commit to a plan if it is time."""
-        if self._due_at_epoch_end(trainer, epoch):
+        if not self._due_at_epoch_end(trainer, epoch):
+            return
+        if self._watch.ready(pl_module):
             self._look(trainer, pl_module, epoch)
+        else:  # right after a resume: the first batch will tell
+            self._overdue = True
 
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
-        """Commit to a plan, or wait for what that needs.
-
-        After a resume that is a batch to calibrate on, and with ``monitor`` a first validation.
-        """
-        if self._guard.waits or not self._watch.ready(pl_module):
+        """Commit to a plan, unless ``monitor`` has to be validated for the first time before."""
+        if self._guard.waits:
             self._overdue = True
         else:
             self._commit(trainer, pl_module, epoch)
