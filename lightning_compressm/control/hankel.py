@@ -156,7 +156,9 @@ def with_cpu_fallback(compute: Callable[[DiagonalLTI], _T], system: DiagonalLTI)
     if device not in ("cpu", "mps"):
         try:
             return compute(system.double())
-        except (RuntimeError, NotImplementedError):  # out of memory, or no such kernel there
+        except torch.OutOfMemoryError:
+            raise  # the caller knows what else may move
+        except (RuntimeError, NotImplementedError):  # no such kernel there
             pass
     on_cpu = DiagonalLTI(
         system.eigenvalues.cpu(), system.B.cpu(), system.C.cpu(), system.real_output
