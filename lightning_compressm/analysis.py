@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ from lightning_compressm.errors import CompreSSMError
 from lightning_compressm.policy import ReductionPolicy
 from lightning_compressm.surgery.plan import SurgeryPlan
 
-__all__ = ["Attempt", "LayerAnalysis", "choose_orders", "naming"]
+__all__ = ["Attempt", "LayerAnalysis", "choose_order", "naming"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,23 +80,29 @@ class LayerAnalysis(ABC):
         return f"{min(order, n)} or more of {n} states are needed"
 
 
-def choose_orders(analyses: Sequence[LayerAnalysis], policy: ReductionPolicy) -> list[int]:
-    """The state dimension that each layer keeps under ``policy``, at most its current one."""
-    orders = []
-    for analysis in analyses:
-        n = analysis.layer.state_dim
-        if policy.state_dim is not None:
-            order = min(policy.state_dim, n)
-        elif policy.fraction is not None:
-            order = order_for_fraction(n, policy.fraction)
-        else:
-            assert policy.tolerance is not None
-            with naming(analysis.layer):
-                order = order_for_energy(analysis.sigma, policy.tolerance)
-        orders.append(
-            constrain_order(order, n, min_state_dim=policy.min_state_dim, round_to=policy.round_to)
-        )
-    return orders
+def choose_order(analysis: LayerAnalysis, policy: ReductionPolicy) -> int:
+    """The state dimension that a layer keeps under ``policy``, at most its current one.
+
+    Example:
+        >>> from lightning_compressm.discovery import find_ssm_layers
+        >>> from lightning_compressm.examination import analyse_layer
+        >>> from lightning_compressm.nn import LRU
+        >>> from lightning_compressm.recording import Context
+        >>> policy = ReductionPolicy(state_dim=3, round_to=2)
+        >>> layer = find_ssm_layers(LRU(4, 8))[""]
+        >>> choose_order(analyse_layer(layer, policy, Context()), policy)
+        4
+    """
+    n = analysis.layer.state_dim
+    if policy.state_dim is not None:
+        order = min(policy.state_dim, n)
+    elif policy.fraction is not None:
+        order = order_for_fraction(n, policy.fraction)
+    else:
+        assert policy.tolerance is not None
+        with naming(analysis.layer):
+            order = order_for_energy(analysis.sigma, policy.tolerance)
+    return constrain_order(order, n, min_state_dim=policy.min_state_dim, round_to=policy.round_to)
 
 
 @contextmanager

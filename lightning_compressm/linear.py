@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -18,9 +17,9 @@ from lightning_compressm.control import (
     per_state_energy,
 )
 from lightning_compressm.discovery import SSMLayer
-from lightning_compressm.errors import IllConditionedError
 from lightning_compressm.families import Family
 from lightning_compressm.policy import Balance, BalanceChoice, HorizonChoice, ReductionPolicy
+from lightning_compressm.trouble import numerics
 
 __all__ = ["LinearAnalysis", "analyse_linear"]
 
@@ -44,12 +43,8 @@ class LinearAnalysis(LayerAnalysis):
     def attempt(self, order: int, policy: ReductionPolicy, seed: int) -> Attempt:
         """Reduce to ``order``, or to the next higher order that keeps the promised energy."""
         start = time.perf_counter()
-        try:
-            with torch.no_grad(), naming(self.layer):
-                reduction = self._reduce_within(order, policy, seed)
-        except IllConditionedError as error:
-            warnings.warn(f"layer left as it is: {error}", stacklevel=2)
-            return self._refusal(str(error))
+        with torch.no_grad(), naming(self.layer), numerics():
+            reduction = self._reduce_within(order, policy, seed)
         if reduction is None:
             return self._refusal(self.needed(order))
         return self._attempt(reduction, time.perf_counter() - start)
@@ -122,8 +117,9 @@ def analyse_linear(
         system.check()
         balance = _resolve_balance(policy.balance, system)
         horizon = _resolve_horizon(policy.horizon, lengths.get(layer.name))
-        sigma = hankel_singular_values(system, balance=balance, horizon=horizon)
-        energy = per_state_energy(sigma, balance)
+        with numerics():
+            sigma = hankel_singular_values(system, balance=balance, horizon=horizon)
+            energy = per_state_energy(sigma, balance)
     seconds = time.perf_counter() - start
     return LinearAnalysis(
         layer,

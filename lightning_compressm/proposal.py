@@ -8,17 +8,17 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lightning_compressm.analysis import Attempt, LayerAnalysis, choose_orders
+from lightning_compressm.analysis import Attempt, choose_order
 from lightning_compressm.discovery import SSMLayer, select_layers
-from lightning_compressm.families import Family, SelectiveFamily, model_attributes
-from lightning_compressm.linear import analyse_linear
+from lightning_compressm.errors import CompreSSMError
+from lightning_compressm.examination import Examination
+from lightning_compressm.families import model_attributes
 from lightning_compressm.policy import ReductionPolicy
 from lightning_compressm.recording import Context
 from lightning_compressm.report import LayerEvent
-from lightning_compressm.selective import analyse_selective
 from lightning_compressm.surgery.plan import SurgeryPlan
 
-__all__ = ["Proposal", "analyse_layer", "measure_spectra", "propose"]
+__all__ = ["Proposal", "measure_spectra", "propose"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +49,9 @@ def propose(
 ) -> Proposal:
     """Decide what to remove from which layer; changes nothing.
 
+    A layer whose analysis fails for numerical reasons, or for want of memory on its device and on
+    the CPU, is left as it is, with a warning; the others go on.
+
     Args:
         model: any module with SSM layers.
         policy: how much to remove.
@@ -74,22 +77,28 @@ def propose(
     """
     context = context or Context()
     layers, aliases = _split_aliases(select_layers(model, policy.layers, policy.ignore))
-    analyses = [analyse_layer(layer, policy, context) for layer in layers]
-    attempts = _reduce_layers(analyses, policy, seed)
+    examined = [Examination(layer, policy, context) for layer in layers]
+    # Spectra are read before the attempts, after which a layer may have failed.
+    spectra = {e.layer.name: e.analysis.sigma.cpu() for e in examined if e.analysis is not None}
+    attempts = _reduce_layers(examined, policy, seed)
     plans: list[SurgeryPlan] = []
     events: list[LayerEvent] = []
-    for analysis, attempt in zip(analyses, attempts, strict=True):
-        events.append(_event(analysis, attempt))
+    for one, attempt in zip(examined, attempts, strict=True):
+        events.append(_event(one, attempt))
         if attempt.plan is not None:
-            plans.append(attempt.plan.prefixed(analysis.layer.path))
-            plans += _alias_plans(analysis.layer, aliases, attempt.order)
-    plan = SurgeryPlan.merge([*plans, _shared_plan(model, analyses, attempts)])
-    spectra = {a.layer.name: a.sigma.cpu() for a in analyses}
-    return Proposal(plan, events, spectra)
+            plans.append(attempt.plan.prefixed(one.layer.path))
+            plans += _alias_plans(one.layer, aliases, attempt.order)
+    orders = {e.layer.path: t.order for e, t in zip(examined, attempts, strict=True)}
+    shared = SurgeryPlan({}, model_attributes(model, orders)) if plans else SurgeryPlan()
+    return Proposal(SurgeryPlan.merge([*plans, shared]), events, spectra)
 
 
 def measure_spectra(
-    model: nn.Module, policy: ReductionPolicy, context: Context | None = None
+    model: nn.Module,
+    policy: ReductionPolicy,
+    context: Context | None = None,
+    *,
+    leave_out: bool = False,
 ) -> dict[str, Tensor]:
     """The spectra that a reduction would be decided on.
 
@@ -97,6 +106,8 @@ def measure_spectra(
         model: any module with SSM layers.
         policy: which layers, balance and horizon.
         context: what is known of the data.
+        leave_out: leave out a layer that can't be analysed for numerical reasons or for want of
+            memory, with a warning, instead of raising.
 
     Returns:
         Layer name -> HSVs of each state, descending, on the layer's device.
@@ -112,43 +123,46 @@ def measure_spectra(
         torch.Size([16])
     """
     context = context or Context()
-    layers = select_layers(model, policy.layers, policy.ignore)
-    return {n: analyse_layer(layer, policy, context).sigma for n, layer in layers.items()}
-
-
-def analyse_layer(layer: SSMLayer, policy: ReductionPolicy, context: Context) -> LayerAnalysis:
-    """Analyse one layer as its family asks for."""
-    if isinstance(layer.family, Family):
-        return analyse_linear(layer, layer.family, policy, context.lengths)
-    assert isinstance(layer.family, SelectiveFamily)
-    return analyse_selective(layer, layer.family, policy, context)
+    spectra: dict[str, Tensor] = {}
+    for name, layer in select_layers(model, policy.layers, policy.ignore).items():
+        one = Examination(layer, policy, context)
+        if one.sigma is not None:
+            spectra[name] = one.sigma
+        elif not leave_out:
+            raise CompreSSMError(f"layer '{name}' can't be analysed: {one.failure}")
+    return spectra
 
 
 def _reduce_layers(
-    analyses: Sequence[LayerAnalysis], policy: ReductionPolicy, seed: int
+    examined: Sequence[Examination], policy: ReductionPolicy, seed: int
 ) -> list[Attempt]:
-    orders = choose_orders(analyses, policy)
-    attempts = [a.attempt(n, policy, seed) for a, n in zip(analyses, orders, strict=True)]
+    orders = [_first_order(one, policy) for one in examined]
+    attempts = [e.attempt(n, seed=seed) for e, n in zip(examined, orders, strict=True)]
     if not policy.share_state_dim:
         return attempts
     # An attempt may need more states than asked for; then its whole family gets them.
-    for _ in range(len(analyses) + 1):
+    for _ in range(len(examined) + 1):
         needed: dict[str, int] = defaultdict(int)
-        for analysis, attempt in zip(analyses, attempts, strict=True):
-            name = analysis.layer.family.name
+        for one, attempt in zip(examined, attempts, strict=True):
+            name = one.layer.family.name
             needed[name] = max(needed[name], attempt.order)
-        wanted = [needed[analysis.layer.family.name] for analysis in analyses]
+        # A layer that has fewer to begin with stays at those.
+        wanted = [min(needed[e.layer.family.name], e.layer.state_dim) for e in examined]
         if all(attempt.order == n for attempt, n in zip(attempts, wanted, strict=True)):
             return attempts
         attempts = [
-            attempt if attempt.order == n else analysis.attempt(n, policy, seed)
-            for analysis, attempt, n in zip(analyses, attempts, wanted, strict=True)
+            attempt if attempt.order == n else one.attempt(n, seed=seed)
+            for one, attempt, n in zip(examined, attempts, wanted, strict=True)
         ]
     raise AssertionError("raising dimensions must end at the present ones")
 
 
-def _event(analysis: LayerAnalysis, attempt: Attempt) -> LayerEvent:
-    layer = analysis.layer
+def _first_order(one: Examination, policy: ReductionPolicy) -> int:
+    return one.layer.state_dim if one.analysis is None else choose_order(one.analysis, policy)
+
+
+def _event(one: Examination, attempt: Attempt) -> LayerEvent:
+    layer = one.layer
     return LayerEvent(
         layer=layer.name,
         family=layer.family.name,
@@ -158,21 +172,11 @@ def _event(analysis: LayerAnalysis, attempt: Attempt) -> LayerEvent:
         energy_kept=attempt.energy_kept,
         error_bound=attempt.error_bound,
         output_error=attempt.output_error,
-        seconds=analysis.seconds + attempt.seconds,
+        seconds=one.seconds + attempt.seconds,
         reason=attempt.note,
         balance=attempt.balance,
         horizon=attempt.horizon,
     )
-
-
-def _shared_plan(
-    model: nn.Module, analyses: Sequence[LayerAnalysis], attempts: Sequence[Attempt]
-) -> SurgeryPlan:
-    """Attributes of the model itself, such as a config's, that follow its layers."""
-    orders = {a.layer.path: t.order for a, t in zip(analyses, attempts, strict=True)}
-    if all(attempt.plan is None for attempt in attempts):
-        return SurgeryPlan()
-    return SurgeryPlan({}, model_attributes(model, orders))
 
 
 def _tensor_ids(layer: SSMLayer) -> frozenset[int]:

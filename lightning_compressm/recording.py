@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_compressm.discovery import SSMLayer
 from lightning_compressm.families import SelectiveFamily
+from lightning_compressm.trouble import Reach, TroubleError, describe, reach_of
 
 __all__ = ["CallRecorder", "Context", "Processes"]
 
@@ -33,6 +34,24 @@ class Processes:
     def agree(self, value: T) -> T:
         """The value that the first process has."""
         return value
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do something on all processes: it succeeds on all of them, or on none.
+
+        Args:
+            work: may exchange, and may contain further work of this kind.
+
+        Raises:
+            TroubleError: on all processes, if one met trouble that concerns one layer only.
+            Exception: whatever else ``work`` raised; other processes raise as well.
+        """
+        try:
+            return work()
+        except Exception as error:
+            reach = reach_of(error)
+            if reach is Reach.RUN:
+                raise
+            raise TroubleError(reach, describe(error)) from error
 
 
 @dataclass(frozen=True)

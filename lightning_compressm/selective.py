@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from lightning_compressm.policy import ReductionPolicy
 from lightning_compressm.recording import Context, Processes
 from lightning_compressm.surgery.apply import apply_plan
 from lightning_compressm.surgery.plan import SurgeryPlan, TensorEdit
+from lightning_compressm.trouble import numerics
 
 __all__ = ["SelectiveAnalysis", "analyse_selective"]
 
@@ -65,7 +66,6 @@ class SelectiveAnalysis(LayerAnalysis):
         """Cut to ``order`` states, or to more where the layer's output would change too much."""
         start = time.perf_counter()
         n = self.layer.state_dim
-        order = self.processes.agree(order)
         largest = self.largest_order(policy)
         criterion = _resolve_criterion(policy)
         if order > largest:
@@ -101,7 +101,8 @@ class SelectiveAnalysis(LayerAnalysis):
 
     def _rank(self, criterion: str, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        ranking = rank_states(self.statistics, criterion, generator)
+        with numerics():
+            ranking = rank_states(self.statistics, criterion, generator)
         return self.processes.agree(ranking.cpu())
 
     def _cut(self, keep: Tensor, policy: ReductionPolicy) -> tuple[SurgeryPlan, float]:
@@ -124,7 +125,8 @@ class SelectiveAnalysis(LayerAnalysis):
 
     def _with_readout(self, plan: SurgeryPlan, keep: Tensor) -> SurgeryPlan:
         batches = list(_signals(self.family, self.original, self.inputs))
-        delta = refit_readout(batches, keep, add_up=self.processes.add_up)
+        with numerics():
+            delta = refit_readout(batches, keep, add_up=self.processes.add_up)
         with torch.no_grad():
             values = self.family.write_readout(self.layer.module, keep, delta)
         return _with_values(plan, values, {READOUT: delta})
@@ -156,9 +158,10 @@ def analyse_selective(
         original = _for_evaluation(layer.module)
         dtype = next(original.parameters()).dtype
         inputs = [_capped(x).to(dtype) for x in context.inputs[layer.name]]
-        statistics = SelectiveStatistics.of(_signals(family, original, inputs))
+        statistics = _statistics(family, original, inputs)
         statistics = statistics.summed(lambda _, total: context.processes.add_up(total))
-        sigma = averaged_spectrum(statistics).sum(0).sort(descending=True).values
+        with numerics():
+            sigma = averaged_spectrum(statistics).sum(0).sort(descending=True).values
     seconds = time.perf_counter() - start
     return SelectiveAnalysis(
         layer,
@@ -170,6 +173,16 @@ def analyse_selective(
         original=original,
         processes=context.processes,
     )
+
+
+def _statistics(
+    family: SelectiveFamily, module: nn.Module, inputs: Sequence[Tensor]
+) -> SelectiveStatistics:
+    parts = []
+    for signals in _signals(family, module, inputs):
+        with numerics():
+            parts.append(SelectiveStatistics.of([signals]))
+    return reduce(SelectiveStatistics.combined, parts)
 
 
 def _signals(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import pickle
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback, ModelPruning
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor
@@ -18,6 +20,7 @@ from lightning_compressm.errors import CompreSSMError, SurgeryError, Unsupported
 from lightning_compressm.recording import Processes
 from lightning_compressm.surgery.optimizer import OptimizerStatePolicy, check_optimizer
 from lightning_compressm.surgery.plan import SurgeryPlan
+from lightning_compressm.trouble import Reach, TroubleError, describe, reach_of
 
 __all__ = [
     "Ranks",
@@ -92,36 +95,90 @@ def check_optimizers(trainer: pl.Trainer) -> None:
 
 
 class Ranks(Processes):
-    """The processes of a Trainer's strategy; a failure in one of them ends the work in all.
+    """The processes of a Trainer's strategy, kept in step whatever fails in one of them.
 
-    Before each exchange all ranks say whether they are well, so that none waits for one that is
-    gone.
+    Before each exchange, and at the end of each piece of work, all ranks say how they fare, so that
+    none waits for one that has left. All exchanges end with the strategy's timeout at the latest.
     """
 
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
+        self._size = int(getattr(strategy, "world_size", 1))
+        self._rank = int(getattr(strategy, "global_rank", 0))
+        self._over = False  # the others know of the end, or can't be reached
 
     def add_up(self, total: Tensor) -> Tensor:
         """The sum over all ranks, on the tensor's device."""
-        self.confirm(True)
+        self._tell(Reach.NONE)
         there = total.detach().clone().to(self.strategy.root_device)
-        summed: Tensor = self.strategy.reduce(there, reduce_op="sum")
+        summed: Tensor = self._exchange(lambda: self.strategy.reduce(there, reduce_op="sum"))
         return summed.to(total.device)
 
     def agree(self, value: T) -> T:
         """What rank 0 has."""
-        self.confirm(True)
-        agreed: T = self.strategy.broadcast(value)
+        if self._size > 1 and self._rank == 0:
+            pickle.dumps(value)  # what can't be sent must not fail while the others wait for it
+        self._tell(Reach.NONE)
+        agreed: T = self._exchange(lambda: self.strategy.broadcast(value))
         return agreed
 
-    def confirm(self, well: bool) -> None:
-        """Raise :class:`OtherRankError` if another rank is not well."""
-        if not self.strategy.reduce_boolean_decision(well, all=True) and well:
-            raise OtherRankError("the analysis failed on another rank; nothing was changed here.")
+    def together(self, work: Callable[[], T]) -> T:
+        """Do something on all ranks: it succeeds on all of them, or on none.
+
+        Raises:
+            TroubleError: on all ranks, if one met trouble that concerns one layer only.
+            OtherRankError: if another rank failed altogether.
+            Exception: whatever else ``work`` raised here; the other ranks raise as well.
+        """
+        try:
+            result = work()
+        except TroubleError:
+            raise  # met in an exchange, so all ranks know of it
+        except Exception as error:
+            if self._over:
+                raise
+            reach, reason = reach_of(error), describe(error)
+            self._tell(reach, f"rank {self._rank}: {reason}" if self._size > 1 else reason)
+            raise
+        self._tell(Reach.NONE)
+        return result
+
+    def _tell(self, reach: Reach, reason: str = "") -> None:
+        """Say how this rank fares, and hear how the worst one does.
+
+        Returns only if all are well, or if this rank is the one whose exception ends the work.
+        """
+        mine = reach * self._size + (self._rank if reach else 0)
+        code = torch.tensor(mine, device=self.strategy.root_device)
+        worst, rank = divmod(
+            int(self._exchange(lambda: self.strategy.reduce(code, reduce_op="max"))), self._size
+        )
+        if worst == Reach.NONE:
+            return
+        self._over = worst == Reach.RUN
+        reason = self._exchange(lambda: self.strategy.broadcast(reason, src=rank))
+        if worst < Reach.RUN:
+            raise TroubleError(Reach(worst), reason)
+        if reach < Reach.RUN:
+            raise OtherRankError(f"another process failed; nothing was changed here ({reason}).")
+
+    def _exchange(self, exchange: Callable[[], Any]) -> Any:
+        try:
+            return exchange()
+        except Exception as error:
+            self._over = True
+            raise ExchangeError(
+                "the processes could not exchange what a reduction needs; nothing was changed "
+                f"here. Another one has ended or hangs ({describe(error)})."
+            ) from error
 
 
 class OtherRankError(SurgeryError):
     """A step that all ranks take together failed elsewhere."""
+
+
+class ExchangeError(SurgeryError):
+    """The ranks can't reach each other any more."""
 
 
 def decide_together(strategy: Strategy, decide: Callable[[Processes], T]) -> T:
@@ -129,19 +186,15 @@ def decide_together(strategy: Strategy, decide: Callable[[Processes], T]) -> T:
 
     Raises:
         CompreSSMError: or whatever else ``decide`` raised here; :class:`OtherRankError` where
-            another rank failed.
+            another rank failed; :class:`ExchangeError` where one can't be reached.
     """
     ranks = Ranks(strategy)
     try:
-        result = decide(ranks)
-    except OtherRankError:
+        return ranks.together(lambda: ranks.agree(decide(ranks)))
+    except (CompreSSMError, ValueError):
         raise
     except Exception as error:
-        ranks.confirm(False)
-        if isinstance(error, CompreSSMError | ValueError):
-            raise
-        raise CompreSSMError(f"the analysis failed: {type(error).__name__}: {error}") from error
-    return ranks.agree(result)
+        raise CompreSSMError(f"the analysis failed: {describe(error)}") from error
 
 
 def swap(
@@ -154,7 +207,9 @@ def swap(
     """Carry out ``plan`` on every rank, or on none, after calling ``before`` on each.
 
     Raises:
-        SurgeryError: on every rank if any rank failed; model and optimizers are untouched.
+        TroubleError: on every rank if one has no room for the new tensors.
+        SurgeryError: or what was raised here, on every rank if any rank failed.
+            Model, optimizers and strategy are untouched in both cases.
     """
 
     def change() -> Callable[[], None]:
@@ -179,42 +234,54 @@ def carry_out(strategy: Strategy, change: Callable[[], Callable[[], None]]) -> N
         change: changes everything or raises; returns what takes it back.
 
     Raises:
-        SurgeryError: on every rank if any rank failed.
+        TroubleError: on every rank if one has no room for the new tensors.
+        SurgeryError: or what was raised here, on every rank if any rank failed.
+            Model, optimizers and strategy are untouched in both cases.
     """
-    undo, error = None, None
+    ranks = Ranks(strategy)
+    undo: list[Callable[[], None]] = []
     try:
-        undo = change()
-    except Exception as raised:
-        error = raised
-    if not strategy.reduce_boolean_decision(error is None, all=True):
-        if undo is not None:
-            undo()
-        raise error or SurgeryError("another rank could not carry out the reduction; undone here.")
-    assert undo is not None
-    try:
-        _rewrap(strategy)
+        ranks.together(lambda: undo.append(change()))
+        if isinstance(strategy, DDPStrategy):
+            undo.append(_wrapper_restorer(strategy))
+            # A rank that fails here tells nobody: the others may be in an exchange of DDP's own,
+            # which ends when this rank does, or with the strategy's timeout.
+            _rewrap(strategy)
+            ranks.together(lambda: None)
     except BaseException:
-        undo()
+        while undo:
+            undo.pop()()
         raise
-
-
-def _rewrap(strategy: Strategy) -> None:
-    """DDP buckets the parameters it saw at construction; give it the new ones."""
-    if not isinstance(strategy, DDPStrategy):
-        return
-    wrapped = strategy.model
-    try:
-        strategy.model = strategy.lightning_module
-        strategy._pl_static_graph_delay_done = False
-        for name in ("error_dict", "p_memory_dict", "q_memory_dict"):  # PowerSGD
-            if hasattr(strategy._ddp_comm_state, name):
-                getattr(strategy._ddp_comm_state, name).clear()
-        strategy.configure_ddp()
-    except BaseException:
-        strategy.model = wrapped
-        raise
-    del wrapped
+    undo.clear()
     gc.collect()  # the old reducer's hooks on parameters that stayed must go now
+
+
+def _rewrap(strategy: DDPStrategy) -> None:
+    """DDP buckets the parameters it saw at construction; give it the new ones."""
+    strategy.model = strategy.lightning_module
+    strategy._pl_static_graph_delay_done = False
+    for state in _power_sgd_states(strategy):
+        state.clear()
+    strategy.configure_ddp()
+
+
+def _wrapper_restorer(strategy: DDPStrategy) -> Callable[[], None]:
+    wrapped, delayed = strategy.model, strategy._pl_static_graph_delay_done
+    contents = [(state, dict(state)) for state in _power_sgd_states(strategy)]
+
+    def restore() -> None:
+        strategy.model = wrapped
+        strategy._pl_static_graph_delay_done = delayed
+        for state, content in contents:
+            state.update(content)
+
+    return restore
+
+
+def _power_sgd_states(strategy: DDPStrategy) -> list[dict[Any, Any]]:
+    names = ("error_dict", "p_memory_dict", "q_memory_dict")
+    states = (getattr(strategy._ddp_comm_state, name, None) for name in names)
+    return [state for state in states if state is not None]
 
 
 def _name(callback: Callback) -> str:

@@ -97,14 +97,16 @@ class HankelMonitor(Callback):
             return  # a resume at an epoch's end has no data to calibrate on
 
         def measure(processes: Processes) -> dict[str, Tensor]:
-            return measure_spectra(pl_module, self.policy, self._watch.context(processes))
+            context = self._watch.context(processes)
+            found = measure_spectra(pl_module, self.policy, context, leave_out=True)
+            return {name: sigma.cpu() for name, sigma in found.items()}
 
         spectra = decide_together(trainer.strategy, measure)
         self.history.append(
             {
                 "step": trainer.global_step,
                 "epoch": trainer.current_epoch,
-                "spectra": {name: sigma.cpu() for name, sigma in spectra.items()},
+                "spectra": spectra,
             }
         )
         metrics: dict[str, float] = {}

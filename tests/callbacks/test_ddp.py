@@ -68,6 +68,6 @@ def test_ranks_agree_with_each_other_and_with_one_process(
 def test_failure_on_one_rank_stops_all_and_changes_nothing(tmp_path: Path) -> None:
     _launch(tmp_path, "failing")
     first, second = (_load(tmp_path, "failing", rank) for rank in (0, 1))
-    assert first["error"].startswith("SurgeryError")
+    assert first["error"].startswith("OtherRankError")
     assert second["error"].startswith("UnsupportedOptimizerError")
     assert first["d_state"] == second["d_state"] == 24

@@ -1,0 +1,172 @@
+"""One layer on its way through a proposal, in step over all processes, whatever happens to it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+from lightning_compressm.analysis import Attempt, LayerAnalysis
+from lightning_compressm.discovery import SSMLayer
+from lightning_compressm.errors import (
+    CompreSSMError,
+    IllConditionedError,
+    NonFiniteError,
+    UnstableSystemError,
+)
+from lightning_compressm.families import Family, SelectiveFamily
+from lightning_compressm.linear import analyse_linear
+from lightning_compressm.policy import ReductionPolicy
+from lightning_compressm.recording import Context
+from lightning_compressm.selective import analyse_selective
+from lightning_compressm.trouble import LinAlgError, Reach, TroubleError, describe, reach_of
+
+__all__ = ["Examination", "analyse_layer"]
+
+T = TypeVar("T")
+
+
+class Examination:
+    """The analysis of one layer, and attempts to reduce it.
+
+    Out of memory, the work is done again on copies on the CPU. Numerical trouble, or no room there
+    either, leaves the layer as it is: in all processes alike, with a warning.
+
+    Args:
+        layer: to be analysed; it is not changed.
+        policy: how.
+        context: what is known of the data.
+
+    Attributes:
+        analysis: ``None`` if the layer can't be analysed.
+        failure: why the layer stays as it is; empty as long as nothing failed.
+
+    Example:
+        >>> from lightning_compressm.discovery import find_ssm_layers
+        >>> from lightning_compressm.nn import LRU
+        >>> layer = find_ssm_layers(LRU(4, 8))[""]
+        >>> examination = Examination(layer, ReductionPolicy(state_dim=3), Context())
+        >>> examination.attempt(3, seed=0).order
+        3
+    """
+
+    def __init__(self, layer: SSMLayer, policy: ReductionPolicy, context: Context) -> None:
+        self.layer = layer
+        self.failure = ""
+        self._policy = policy
+        self._context = context
+        self._note = ""
+        self.analysis: LayerAnalysis | None = None
+        self._guarded(lambda: None)
+
+    @property
+    def sigma(self) -> Tensor | None:
+        """The layer's HSVs, on its device."""
+        if self.analysis is None:
+            return None
+        home = next(self.layer.module.parameters()).device
+        return self.analysis.sigma if home.type == "mps" else self.analysis.sigma.to(home)
+
+    @property
+    def seconds(self) -> float:
+        """Time taken by the analysis."""
+        return 0.0 if self.analysis is None else self.analysis.seconds
+
+    def attempt(self, order: int, *, seed: int) -> Attempt:
+        """Reduce the layer to ``order`` states, or say why not; the order is that of process 0."""
+        if self.failure:
+            return self._left_alone()
+        processes = self._context.processes
+        order = processes.agree(order)
+        attempt = self._guarded(lambda: self._attempt(order, seed))
+        if attempt is None:
+            return self._left_alone()
+        note = "; ".join(filter(None, [attempt.note, self._note]))
+        # Orders steer what is exchanged next, so rounding must not make them differ.
+        return replace(attempt, order=processes.agree(attempt.order), note=note)
+
+    def _attempt(self, order: int, seed: int) -> Attempt:
+        assert self.analysis is not None
+        try:
+            return self.analysis.attempt(order, self._policy, seed)
+        except (NonFiniteError, UnstableSystemError) as error:
+            # The layer itself was found to be finite and stable: this is about its reduction.
+            raise IllConditionedError(str(error)) from error
+
+    def _left_alone(self) -> Attempt:
+        return Attempt(plan=None, order=self.layer.state_dim, note=self.failure)
+
+    def _guarded(self, work: Callable[[], T]) -> T | None:
+        """The result of ``work`` after an analysis; ``None`` if the layer has to stay as it is."""
+        processes = self._context.processes
+        try:
+            return processes.together(lambda: self._analysed(work))
+        except TroubleError as trouble:
+            reason = trouble.reason
+            again = trouble.reach is Reach.DEVICE and not self._note
+        if again:
+            # Outside of the handler, so that the exception lets go of what it holds in memory.
+            self.analysis = None
+            self._note = f"analysed on the CPU ({reason})"
+            return self._guarded(work)
+        self._give_up(f"{reason} (on the CPU as well)" if self._note else reason)
+        return None
+
+    def _analysed(self, work: Callable[[], T]) -> T:
+        if not self._note:
+            self.analysis = self.analysis or analyse_layer(self.layer, self._policy, self._context)
+            return work()
+        try:
+            self.analysis = self.analysis or self._analyse_on_cpu()
+            return work()
+        except (CompreSSMError, TroubleError):
+            raise
+        except Exception as error:
+            if reach_of(error) is not Reach.RUN:
+                raise
+            # Kernels that need another device are no reason to stop.
+            raise LinAlgError(describe(error)) from error
+
+    def _analyse_on_cpu(self) -> LayerAnalysis:
+        layer = _on_cpu(self.layer)
+        inputs = [x.cpu() for x in self._context.inputs.get(layer.name, ())]
+        context = replace(self._context, inputs={layer.name: inputs})
+        return analyse_layer(layer, self._policy, context)
+
+    def _give_up(self, reason: str) -> None:
+        self.analysis = None
+        self.failure = reason
+        name, family = self.layer.name, self.layer.family.name
+        warnings.warn(f"layer '{name}' ({family}) is left as it is: {reason}", stacklevel=5)
+
+
+def analyse_layer(layer: SSMLayer, policy: ReductionPolicy, context: Context) -> LayerAnalysis:
+    """Analyse one layer as its family asks for.
+
+    Example:
+        >>> from lightning_compressm.discovery import find_ssm_layers
+        >>> from lightning_compressm.nn import LRU
+        >>> layer = find_ssm_layers(LRU(4, 8))[""]
+        >>> analyse_layer(layer, ReductionPolicy(), Context()).sigma.shape
+        torch.Size([8])
+    """
+    if isinstance(layer.family, Family):
+        return analyse_linear(layer, layer.family, policy, context.lengths)
+    assert isinstance(layer.family, SelectiveFamily)
+    return analyse_selective(layer, layer.family, policy, context)
+
+
+def _on_cpu(layer: SSMLayer) -> SSMLayer:
+    """The same layer, copied tensor by tensor: a copy on its own device would need room there."""
+    memo: dict[int, object] = {}
+    for parameter in layer.module.parameters():
+        copied = nn.Parameter(parameter.detach().cpu().clone(), parameter.requires_grad)
+        copied.__dict__.update(parameter.__dict__)
+        memo[id(parameter)] = copied
+    for buffer in layer.module.buffers():
+        memo[id(buffer)] = buffer.detach().cpu().clone()
+    return replace(layer, module=deepcopy(layer.module, memo))
