@@ -61,6 +61,20 @@ class LayerEvent:
         """The same event, dated."""
         return replace(self, step=step, epoch=epoch)
 
+    def skipped(self, reason: str) -> LayerEvent:
+        """The same event for a reduction that was not carried out; skips keep their own reason."""
+        if self.action != "reduce":
+            return self
+        return replace(
+            self,
+            action="skip",
+            new_state_dim=self.old_state_dim,
+            energy_kept=1.0,
+            error_bound=None,
+            output_error=None,
+            reason=reason,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain types only."""
         return asdict(self)

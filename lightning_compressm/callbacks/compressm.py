@@ -40,6 +40,7 @@ from lightning_compressm.schedule import Schedule, Window
 from lightning_compressm.surgery.loading import install_resize_hooks
 from lightning_compressm.surgery.optimizer import OptimizerStatePolicy
 from lightning_compressm.surgery.plan import SurgeryPlan
+from lightning_compressm.trouble import TroubleError
 
 __all__ = ["CompreSSMCallback"]
 
@@ -364,8 +365,12 @@ class CompreSSMCallback(Callback):
         if self._pending is None:
             return
         plan, events = self._pending
-        if plan:
-            swap(trainer, pl_module, plan, self.optimizer_state, before=self._guard.keep)
+        try:
+            if plan:
+                swap(trainer, pl_module, plan, self.optimizer_state, before=self._guard.keep)
+        except TroubleError as trouble:
+            rank_zero_warn(f"CompreSSMCallback: no reduction, the swap failed: {trouble.reason}")
+            events = [event.skipped(f"the swap failed: {trouble.reason}") for event in events]
         self._pending = None
         self._record(pl_module, events)
 
