@@ -54,7 +54,7 @@ def _interruptible() -> Iterator[None]:
 
 def _survivor(out: Path, stage: str, rank: int) -> dict[str, Any]:
     found: dict[str, Any] = torch.load(
-        out / f"rank {1 - rank}--{STAGES[stage].name}.{1 - rank}.pt", weights_only=True
+        out / f"rank {rank}--{STAGES[stage].name}.{1 - rank}.pt", weights_only=True
     )
     assert found["error"], "the other rank went on"
     assert all(found["untouched"].values()), found["untouched"]
@@ -85,7 +85,7 @@ def test_a_rank_that_hangs_ends_the_other_after_the_timeout(stage: str, tmp_path
         status, output = wait(pair[0], 120)
     finally:
         pair[1].kill()
-        pair[1].wait()
+        pair[1].communicate()
     assert status == 7, output
     found = _survivor(tmp_path, stage, 1)
     assert "ExchangeError" in found["error"]
