@@ -14,9 +14,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_compressm.callbacks._averages import averages_of
 from lightning_compressm.callbacks._strategy import carry_out
 from lightning_compressm.discovery import SSMLayer
-from lightning_compressm.errors import CheckpointError
+from lightning_compressm.errors import CheckpointError, SurgeryError
 from lightning_compressm.report import LayerEvent
 from lightning_compressm.surgery.snapshot import Snapshot
+from lightning_compressm.trouble import TroubleError
 
 __all__ = ["RollbackGuard"]
 
@@ -74,16 +75,22 @@ class RollbackGuard:
                 "loader and the module a validation_step, or leave `monitor` out."
             )
 
-    def keep(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep the present state, unless an older one still waits for its verdict."""
+    def keep(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Callable[[], None]:
+        """Keep the present state, unless an older one still waits for its verdict.
+
+        Returns:
+            A function that drops what was kept now, for a reduction that did not happen: nothing
+            must be judged then.
+        """
         if self.monitor is None or self._snapshot is not None or self._file is not None:
-            return
+            return lambda: None
         averages = averages_of(trainer, pl_module)
         snapshot = Snapshot.take(pl_module, trainer.optimizers, averages)
         if self.directory is None:
             self._snapshot = snapshot
         else:
             self._file = str(self._write(snapshot, trainer.global_rank))
+        return self.forget
 
     def judge(self, trainer: pl.Trainer) -> None:
         """Compare the metric of a validation with the one of before the latest reductions.
@@ -126,13 +133,24 @@ class RollbackGuard:
 
         Returns:
             One event for each of the layers whose state dimension changed.
+
+        Raises:
+            SurgeryError: or :class:`CheckpointError`, on every rank, if it can't be done on one.
         """
         before = {name: layer.state_dim for name, layer in layers_of().items()}
-        snapshot = self._read(trainer.global_rank) if self._snapshot is None else self._snapshot
         averages = averages_of(trainer, pl_module)
-        carry_out(
-            trainer.strategy, lambda: snapshot.restore(pl_module, trainer.optimizers, averages)
-        )
+
+        def change() -> Callable[[], None]:
+            kept = self._read(trainer.global_rank) if self._snapshot is None else self._snapshot
+            return kept.restore(pl_module, trainer.optimizers, averages)
+
+        try:
+            carry_out(trainer.strategy, change)
+        except TroubleError as trouble:
+            raise SurgeryError(
+                f"the reduction was to be rolled back ({self.verdict}), but that failed: "
+                f"{trouble.reason}. The model is as it was; resume from an earlier checkpoint."
+            ) from trouble
         events = [
             LayerEvent(
                 layer=name,

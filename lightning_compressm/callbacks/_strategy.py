@@ -202,9 +202,11 @@ def swap(
     pl_module: pl.LightningModule,
     plan: SurgeryPlan,
     optimizer_state: OptimizerStatePolicy,
-    before: Callable[[pl.Trainer, pl.LightningModule], None],
+    before: Callable[[pl.Trainer, pl.LightningModule], Callable[[], None]],
 ) -> None:
     """Carry out ``plan`` on every rank, or on none, after calling ``before`` on each.
+
+    ``before`` returns what takes its own work back where nothing is carried out.
 
     Raises:
         TroubleError: on every rank if one has no room for the new tensors.
@@ -213,15 +215,25 @@ def swap(
     """
 
     def change() -> Callable[[], None]:
-        before(trainer, pl_module)
-        return apply_proposal(
-            pl_module,
-            plan,
-            trainer.optimizers,
-            optimizer_state,
-            pending_gradients=not pl_module.automatic_optimization,
-            averages=averages_of(trainer, pl_module),
-        )
+        take_back = before(trainer, pl_module)
+        try:
+            undo = apply_proposal(
+                pl_module,
+                plan,
+                trainer.optimizers,
+                optimizer_state,
+                pending_gradients=not pl_module.automatic_optimization,
+                averages=averages_of(trainer, pl_module),
+            )
+        except BaseException:
+            take_back()
+            raise
+
+        def undo_all() -> None:
+            undo()
+            take_back()
+
+        return undo_all
 
     carry_out(trainer.strategy, change)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_compressm import CompreSSMCallback
+
 from .fault_worker import SETUPS, _same, run
-from .faults import BREAKING, FAULTS, REWRAP, WHERE, Fault, Where, fits
+from .faults import BREAKING, FAULTS, REWRAP, WHERE, Fault, Injection, Where, fits
+from .helpers import BATCHES, Classifier, loader, trainer
 from .processes import ROOT, start_pair, wait
 
 IDS = [fault.name for fault in FAULTS]
@@ -116,6 +120,31 @@ def test_two_processes(fault: Fault, where: Where, two_ranks: Path) -> None:
     assert all(map(torch.equal, first["gradients"], second["gradients"])), "DDP is out of step"
     if fault.outcome in ("skip", "reduce second"):
         assert _warned(first)
+
+
+class Worse(Classifier):
+    """Its metric gets worse all the time."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("worse", float(self.trainer.global_step))
+
+
+def test_a_swap_that_failed_is_not_judged(tmp_path: Path) -> None:
+    """Nothing was reduced, so that a worse metric must not roll training back."""
+    losses = []
+    fault = next(f for f in FAULTS if f.target.endswith(":_swap") and f.outcome == "skip")
+    callback = CompreSSMCallback(state_dim=6, window=(0, BATCHES), monitor="worse", verbose=False)
+    for callbacks in ([], [callback]):
+        model, injection = Worse("adamw"), Injection(fault)
+        injection.enabled = True
+        fit = trainer(tmp_path, *callbacks, max_epochs=4)
+        with injection.installed(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fit.fit(model, loader(), loader(1))
+        losses.append(model.losses)
+    assert injection.fired == 1
+    assert [event["action"] for event in callback.history] == ["skip", "skip"]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.slow

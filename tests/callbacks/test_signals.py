@@ -92,6 +92,22 @@ def test_a_rank_that_hangs_ends_the_other_after_the_timeout(stage: str, tmp_path
     assert 9 < found["waited"] < 60
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["rank 1", "all"])
+def test_sigterm_on_ranks(where: str, tmp_path: Path) -> None:
+    """Lightning's handler exchanges: if not all ranks are at the same point, they time out."""
+    fault = STAGES["statistics"]
+    pair = start_pair("fault_worker", tmp_path, 10, "terminate", f"{where}/{fault.name}")
+    for status, output in [wait(process, 120) for process in pair]:
+        assert status == 7, output
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{where}--{fault.name}.{rank}.pt")
+        wanted = "SIGTERMException" if where == "all" else "ExchangeError"
+        assert found["error"].startswith(wanted)
+        assert all(found["untouched"].values()), found["untouched"]
+        assert found["waited"] < 60
+
+
 @pytest.mark.usefixtures("_interruptible")
 @pytest.mark.parametrize("end", ["interrupt", "system-exit"])
 @pytest.mark.parametrize("stage", ["analysis", "statistics", "swap", "optimizer"])
