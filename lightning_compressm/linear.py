@@ -9,13 +9,9 @@ from dataclasses import dataclass, field
 import torch
 
 from lightning_compressm.analysis import Attempt, LayerAnalysis, naming
-from lightning_compressm.control import (
-    DiagonalLTI,
-    Reduction,
-    balanced_truncation,
-    hankel_singular_values,
-    per_state_energy,
-)
+from lightning_compressm.control import DiagonalLTI, Reduction, per_state_energy
+from lightning_compressm.control.hankel import Factors, factorise, to_device
+from lightning_compressm.control.truncation import truncate
 from lightning_compressm.discovery import SSMLayer
 from lightning_compressm.families import Family
 from lightning_compressm.policy import Balance, BalanceChoice, HorizonChoice, ReductionPolicy
@@ -30,15 +26,11 @@ class LinearAnalysis(LayerAnalysis):
 
     Attributes:
         family: the layer's family.
-        system: what the layer computes.
-        balance: the balancing used, never ``"auto"``.
-        horizon: steps of the Gramians, ``None`` for infinite.
+        factors: of the Gramians of its system, which spectrum and reductions share.
     """
 
     family: Family
-    system: DiagonalLTI = field(repr=False)
-    balance: Balance
-    horizon: int | None
+    factors: Factors = field(repr=False)
 
     def attempt(self, order: int, policy: ReductionPolicy, seed: int) -> Attempt:
         """Reduce to ``order``, or to the next higher order that keeps the promised energy."""
@@ -54,8 +46,8 @@ class LinearAnalysis(LayerAnalysis):
             plan=None,
             order=self.layer.state_dim,
             note=note,
-            balance=self.balance,
-            horizon=self.horizon,
+            balance=self.factors.balance,
+            horizon=self.factors.horizon,
         )
 
     def _attempt(self, reduction: Reduction, seconds: float) -> Attempt:
@@ -85,21 +77,14 @@ class LinearAnalysis(LayerAnalysis):
             reduction = self._reduce(candidate, policy, seed)
             kept, total = _energies(reduction)
             # A spectrum of another horizon, and the ablations, promise nothing.
-            comparable = reduction.horizon == self.horizon and policy.selection == "largest"
+            comparable = reduction.horizon == self.factors.horizon and policy.selection == "largest"
             if kept >= (promised - 1e-9) * total or not comparable:
                 return reduction
         return None
 
     def _reduce(self, order: int, policy: ReductionPolicy, seed: int) -> Reduction:
         generator = torch.Generator().manual_seed(seed) if policy.selection == "random" else None
-        return balanced_truncation(
-            self.system,
-            order,
-            balance=self.balance,
-            horizon=self.horizon,
-            selection=policy.selection,
-            generator=generator,
-        )
+        return truncate(self.factors, order, selection=policy.selection, generator=generator)
 
 
 def analyse_linear(
@@ -118,17 +103,15 @@ def analyse_linear(
         balance = _resolve_balance(policy.balance, system)
         horizon = _resolve_horizon(policy.horizon, lengths.get(layer.name))
         with numerics():
-            sigma = hankel_singular_values(system, balance=balance, horizon=horizon)
-            energy = per_state_energy(sigma, balance)
+            factors = factorise(system, balance, horizon)
+            energy = per_state_energy(to_device(factors.sigma, system.eigenvalues.device), balance)
     seconds = time.perf_counter() - start
     return LinearAnalysis(
         layer,
         energy,
         seconds,
         family=family,
-        system=system,
-        balance=balance,
-        horizon=horizon,
+        factors=factors,
     )
 
 

@@ -172,8 +172,9 @@ def _real_form(balancing: Balancing, kept: Tensor, order: int) -> ModalForm:
     re, im = system.eigenvalues.real.unsqueeze(-1), system.eigenvalues.imag.unsqueeze(-1)
     upper, lower = t_r[:n], t_r[n:]
     projected = t_l @ torch.cat([re * upper - im * lower, im * upper + re * lower])
-    size = _largest_fit(projected, order)
-    eigenvalues, vectors, inverse = _diagonalise(projected[:size, :size])
+    eigenvalues, vectors = _largest_fit(projected, order)
+    inverse = _inverse(vectors)
+    size = len(eigenvalues)
     keep = eigenvalues.imag >= 0
     is_real = eigenvalues[keep].imag == 0
     rows = inverse[keep] @ t_l[:size].to(inverse.dtype)
@@ -190,21 +191,35 @@ def _real_form(balancing: Balancing, kept: Tensor, order: int) -> ModalForm:
     return ModalForm(eigenvalues[keep], b, c, *maps, kept[:size], int(keep.sum()))
 
 
-def _largest_fit(projected: Tensor, order: int) -> int:
-    """Largest leading block whose complex pairs and real poles fit into ``order`` states."""
+def _largest_fit(projected: Tensor, order: int) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and vectors of about the largest leading block that fits into ``order`` states.
+
+    A conjugate pair takes one state, and so does a real pole.
+    """
     size = projected.shape[-1]
-    while size > order:
-        values = torch.linalg.eigvals(projected[:size, :size])
-        if int((values.imag >= 0).sum()) <= order:
-            break
-        size -= 1
-    return size
+    while True:
+        eigenvalues, vectors = _eigen(projected[:size, :size])
+        excess = int((eigenvalues.imag >= 0).sum()) - order
+        if excess <= 0:
+            return eigenvalues, vectors
+        size -= excess
 
 
-def _diagonalise(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
     if not bool(torch.isfinite(matrix).all()):
         raise NonFiniteError("expected a finite reduced state matrix, got NaN or infinity")
     eigenvalues, vectors = torch.linalg.eig(matrix)
+    return eigenvalues, vectors
+
+
+def _diagonalise(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    eigenvalues, vectors = _eigen(matrix)
+    return eigenvalues, vectors, _inverse(vectors)
+
+
+def _inverse(vectors: Tensor) -> Tensor:
+    """The inverse of a matrix of eigenvectors, if it is well enough conditioned."""
+    inverse: Tensor
     inverse, failed = torch.linalg.inv_ex(vectors)
     # The Frobenius norms bound the condition number from above and cost nothing.
     condition = float(torch.linalg.norm(vectors) * torch.linalg.norm(inverse))
@@ -213,10 +228,10 @@ def _diagonalise(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if not condition <= MAX_CONDITION:
         raise IllConditionedError(
             f"expected eigenvectors with a condition number up to {MAX_CONDITION:.0e}, got "
-            f"{condition:.3g} for {matrix.shape[-1]} states: the reduced system can't be written "
+            f"{condition:.3g} for {vectors.shape[-1]} states: the reduced system can't be written "
             "in diagonal form safely; keep the layer, or choose another number of states"
         )
-    return eigenvalues, vectors, inverse
+    return inverse
 
 
 def _spare_states(original: DiagonalLTI, count: int) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -15,7 +15,14 @@ from lightning_compressm.control.gramians import check_horizon, gramians, real_g
 from lightning_compressm.control.system import DiagonalLTI
 from lightning_compressm.errors import NonFiniteError
 
-__all__ = ["Balance", "hankel_singular_values", "per_state_energy"]
+__all__ = [
+    "Balance",
+    "Balancing",
+    "Factors",
+    "factorise",
+    "hankel_singular_values",
+    "per_state_energy",
+]
 
 Balance = Literal["real", "folded", "complex"]
 NEGLIGIBLE = 1e-14  # a Hankel singular value below this share of the largest one is rounding
@@ -47,20 +54,78 @@ class Balancing:
     sigma: Tensor
     right: Tensor
 
-    @classmethod
-    def of(cls, system: DiagonalLTI, balance: Balance, horizon: int | None) -> Balancing:
-        """Balance a double precision system."""
-        p, q = _gramians_of(system, balance, horizon)
-        l_p, l_q = p.factor(), q.factor()
-        left, sigma, right_h = torch.linalg.svd(l_q.mH @ l_p)
-        return cls(system, balance, horizon, l_p, l_q, left, sigma, right_h.mH)
-
     def single(self, index: int) -> Balancing:
         """Return one system of a bank with one leading dimension."""
         s = self.system
         one = DiagonalLTI(s.eigenvalues[index], s.B[index], s.C[index], s.real_output)
         factors = (self.controllability, self.observability, self.left, self.sigma, self.right)
         return Balancing(one, self.balance, self.horizon, *(f[index] for f in factors))
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """The factors of a system's Gramians: for its spectrum, and for reductions to any order.
+
+    Attributes:
+        system: In double precision, with any leading dimensions.
+        balance: "real", "folded" or "complex".
+        horizon: Number of steps, or None.
+        controllability: As in :class:`Balancing`.
+        observability: As in :class:`Balancing`.
+    """
+
+    system: DiagonalLTI
+    balance: Balance
+    horizon: int | None
+    controllability: Tensor
+    observability: Tensor
+
+    @classmethod
+    def of(cls, system: DiagonalLTI, balance: Balance, horizon: int | None) -> Factors:
+        """Factorise the Gramians of a double precision system, on its device."""
+        p, q = _gramians_of(system, balance, horizon)
+        return cls(system, balance, horizon, p.factor(), q.factor())
+
+    @cached_property
+    def sigma(self) -> Tensor:
+        """Hankel singular values, without their vectors: half the work."""
+        if "balancing" in vars(self):
+            return self.balancing.sigma.reshape(*self.system.batch_shape, -1)
+        values: Tensor = torch.linalg.svdvals(self.observability.mH @ self.controllability)
+        return values
+
+    @cached_property
+    def balancing(self) -> Balancing:
+        """What a truncation needs; leading dimensions are flattened into one."""
+        s, n = self.system, self.system.order
+        flat = DiagonalLTI(
+            s.eigenvalues.reshape(-1, n),
+            s.B.reshape(-1, n, s.n_inputs),
+            s.C.reshape(-1, s.n_outputs, n),
+            s.real_output,
+        )
+        size = self.controllability.shape[-1]
+        l_p, l_q = (f.reshape(-1, size, size) for f in (self.controllability, self.observability))
+        left, sigma, right_h = torch.linalg.svd(l_q.mH @ l_p)
+        return Balancing(flat, self.balance, self.horizon, l_p, l_q, left, sigma, right_h.mH)
+
+
+def factorise(system: DiagonalLTI, balance: Balance, horizon: int | None) -> Factors:
+    """Factorise the Gramians of a system, in double precision, where that can be computed.
+
+    Raises:
+        NonFiniteError: If a parameter is NaN or infinite.
+        UnstableSystemError: If an eigenvalue is on or outside the unit circle.
+        ValueError: If ``balance`` or ``horizon`` is not valid for the system.
+    """
+    check_balance(balance)
+    if balance != "complex":
+        system.require_real_output(f"balance={balance!r}")
+    detached = DiagonalLTI(
+        system.eigenvalues.detach(), system.B.detach(), system.C.detach(), system.real_output
+    )
+    compute = partial(Factors.of, balance=balance, horizon=check_horizon(horizon))
+    return with_cpu_fallback(compute, detached.check())
 
 
 def hankel_singular_values(
@@ -199,8 +264,7 @@ def _singular_values(system: DiagonalLTI, balance: Balance, horizon: int | None)
     if p.matrix.requires_grad or q.matrix.requires_grad:
         values: Tensor = _SingularValues.apply(p.matrix, q.matrix, p, q)
         return values
-    sigma: Tensor = torch.linalg.svdvals(q.factor().mH @ p.factor())
-    return sigma
+    return Factors(system, balance, horizon, p.factor(), q.factor()).sigma
 
 
 class _SingularValues(torch.autograd.Function):

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_compressm.control import _modal
-from lightning_compressm.control.gramians import check_horizon, impulse_energy
+from lightning_compressm.control.gramians import impulse_energy
 from lightning_compressm.control.hankel import (
     NEGLIGIBLE,
     Balance,
     Balancing,
-    check_balance,
+    Factors,
+    factorise,
     to_device,
-    with_cpu_fallback,
 )
 from lightning_compressm.control.system import DiagonalLTI
 from lightning_compressm.errors import UnstableSystemError
 
-__all__ = ["Reduction", "Selection", "balanced_truncation"]
+__all__ = ["Reduction", "Selection", "balanced_truncation", "truncate"]
 
 Selection = Literal["largest", "smallest", "random"]
 _ROUNDING = 1e-8  # how far outside the unit circle a pole may land by rounding alone
@@ -136,18 +135,44 @@ def balanced_truncation(
         >>> bool(error.abs().max() <= reduction.bound)
         True
     """
-    check_balance(balance)
-    horizon, order = check_horizon(horizon), _check_order(order, system.order)
+    _check_order(order, system.order)
+    factors = factorise(system, balance, horizon)
+    reduction = truncate(factors, order, selection=selection, generator=generator)
+    return _moved(reduction, system.eigenvalues.device)
+
+
+def truncate(
+    factors: Factors,
+    order: int,
+    *,
+    selection: Selection = "largest",
+    generator: torch.Generator | None = None,
+) -> Reduction:
+    """Like :func:`balanced_truncation`, from factors that are there already, on their device.
+
+    Args:
+        factors: Of the system's Gramians, as :func:`factorise` gives them.
+        order: Number of states to keep, 1 to N.
+        selection: As in :func:`balanced_truncation`.
+        generator: Source of randomness for "random".
+
+    Returns:
+        The reduction; the factors may be used again for another order.
+
+    Raises:
+        As :func:`balanced_truncation`.
+
+    Example:
+        >>> system = DiagonalLTI(torch.tensor([0.9, 0.1]), torch.ones(2, 1), torch.ones(1, 2))
+        >>> factors = factorise(system, "real", None)
+        >>> truncate(factors, 1).order, factors.sigma.shape
+        (1, torch.Size([4]))
+    """
     if selection not in get_args(Selection):
         raise ValueError(f"expected selection 'largest', 'smallest' or 'random', got {selection!r}")
-    if balance != "complex":
-        system.require_real_output(f"balance={balance!r}")
-    detached = DiagonalLTI(
-        system.eigenvalues.detach(), system.B.detach(), system.C.detach(), system.real_output
-    ).check()
-    job = _Job(order, balance, horizon, selection, generator)
-    result = with_cpu_fallback(partial(_truncate, job=job), detached)
-    return _moved(result, system.eigenvalues.device)
+    order = _check_order(order, factors.system.order)
+    job = _Job(order, factors.balance, factors.horizon, selection, generator)
+    return _truncate(factors, job)
 
 
 @dataclass(frozen=True)
@@ -187,21 +212,15 @@ def _moved(reduction: Reduction, device: torch.device) -> Reduction:
     return replace(reduction, system=system, **moved)  # type: ignore[arg-type]
 
 
-def _truncate(system: DiagonalLTI, job: _Job) -> Reduction:
-    batch = system.batch_shape
-    flat = DiagonalLTI(
-        system.eigenvalues.reshape(-1, system.order),
-        system.B.reshape(-1, system.order, system.n_inputs),
-        system.C.reshape(-1, system.n_outputs, system.order),
-        system.real_output,
-    )
-    balancing = Balancing.of(flat, job.balance, job.horizon)
-    sigma = balancing.sigma.clone()
+def _truncate(factors: Factors, job: _Job) -> Reduction:
+    balancing = factors.balancing
+    flat, sigma = balancing.system, balancing.sigma.clone()
     forms, unstable = _reduce_all(balancing, job)
     fell_back = torch.zeros(len(forms), dtype=torch.bool, device=sigma.device)
     if unstable:
         fell_back[unstable] = _replace_worse(flat, forms, sigma, unstable, job)
     horizon = None if bool(fell_back.all()) else job.horizon
+    batch = factors.system.batch_shape
     return _assemble(flat, forms, sigma, fell_back, replace(job, horizon=horizon), batch)
 
 
@@ -271,7 +290,7 @@ def _replace_worse(
     chosen = DiagonalLTI(
         system.eigenvalues[unstable], system.B[unstable], system.C[unstable], system.real_output
     )
-    balancing = Balancing.of(chosen, job.balance, None)
+    balancing = Factors.of(chosen, job.balance, None).balancing
     others, _ = _reduce_all(balancing, replace(job, horizon=None))
     worse = []
     for row, index in enumerate(unstable):
