@@ -3,20 +3,26 @@
 A ``load_state_dict`` pre-hook on every SSM layer gives the layer the checkpoint's state dimension
 just before its weights are copied. So ``Trainer.fit(ckpt_path=...)``, ``load_state_dict`` and
 :func:`load_compressed` work with a model built at full size.
+
+What does not fit is left for torch to name. Torch copies what fits before it raises; so that no
+model is left with some layers of the one size and some of the other, the hook on the whole model
+takes everything back where shapes or types disagree. It can't know ``strict``, so missing and
+unexpected keys are torch's business alone; :func:`load_compressed` is all or nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from copy import deepcopy
+from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_compressm.errors import CheckpointError
-from lightning_compressm.surgery.apply import AppliedSurgery, apply_plan
+from lightning_compressm.surgery.apply import apply_plan
+from lightning_compressm.surgery.picture import ModelPicture
 from lightning_compressm.surgery.plan import SurgeryPlan
 
 if TYPE_CHECKING:
@@ -28,17 +34,18 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def resize_on_load(
-    module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object
+    module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *others: Any
 ) -> None:
     """A ``load_state_dict`` pre-hook: give an SSM layer the state dimension of its checkpoint.
 
     Does nothing where the checkpoint's tensors are missing or don't fit together, so that torch's
-    own strict loading reports what is wrong.
+    own loading reports what is wrong.
 
     Args:
         module: an SSM layer of a registered family.
         state_dict: what is being loaded, with the whole model's names.
         prefix: where ``module`` lives in it.
+        others: what else torch gives to such hooks; the last is its list of error messages.
 
     Example:
         >>> from lightning_compressm.nn import LRU
@@ -53,40 +60,66 @@ def resize_on_load(
     family = find_family(module)
     if family is None:
         return
-    plan = _resize_plan(module, family, _saved(state_dict, prefix))[0]
+    saved = _saved(state_dict, prefix)
+    plan = _resize_plan(module, family, saved)[0]
     if plan:
         apply_plan(module, plan)
+    if others:
+        others[-1].extend(_lost_parts(module, saved, prefix))
 
 
 def install_resize_hooks(model: nn.Module) -> None:
     """Let ``model`` and each of its SSM layers load checkpoints of another state dimension.
 
-    The hook on the model itself also reaches layers that are built later (Lightning's
-    ``configure_model``). Calling it again does nothing.
+    The hooks on the model itself also reach layers that are built later (Lightning's
+    ``configure_model``), and leave it untouched where shapes disagree. Calling it again does
+    nothing. ``load_from_checkpoint`` runs no callbacks: there, layers that have no hooks of their
+    own (ours have) need this call at the end of the LightningModule's ``__init__``.
 
     Example:
         >>> from torch import nn
         >>> install_resize_hooks(nn.Linear(2, 2))  # no SSM layer: nothing to do
     """
-    _install(model, _resize_layers_on_load)
+    if not any(isinstance(h, _ModelHooks) for h in _hooks(model)):
+        hooks = _ModelHooks()
+        model.register_load_state_dict_pre_hook(hooks)  # type: ignore[no-untyped-call]
+        model.register_load_state_dict_post_hook(hooks.after)  # type: ignore[no-untyped-call]
     from lightning_compressm.families import named_layers
 
     for _, module, _ in named_layers(model):
-        _install(module, resize_on_load)
+        if resize_on_load not in _hooks(module):
+            module.register_load_state_dict_pre_hook(resize_on_load)  # type: ignore[no-untyped-call]
 
 
-def _install(module: nn.Module, hook: Callable[..., None]) -> None:
-    present = module._load_state_dict_pre_hooks.values()
-    if not any(getattr(other, "hook", other) is hook for other in present):
-        module.register_load_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
+def _hooks(module: nn.Module) -> list[Callable[..., None]]:
+    return [getattr(h, "hook", h) for h in module._load_state_dict_pre_hooks.values()]
 
 
-def _resize_layers_on_load(
-    model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object
-) -> None:
-    plan = resize_all_plan(model, state_dict, prefix)
-    if plan:
-        apply_plan(model, plan)
+class _ModelHooks:
+    """Resizes all layers of a model before it is loaded; takes it back if torch then complains."""
+
+    def __init__(self) -> None:
+        self.picture: ModelPicture | None = None
+        self.errors: list[str] = []
+        self.known = 0
+
+    def __call__(
+        self, model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *others: Any
+    ) -> None:
+        """Before anything is copied."""
+        plan = resize_all_plan(model, state_dict, prefix)
+        applied = apply_plan(model, plan)
+        # Most loads succeed; only what is about to fail is worth a copy of all weights.
+        if others and not _fits(model, state_dict, prefix):
+            self.errors, self.known = others[-1], len(others[-1])
+            self.picture = ModelPicture(model, applied)
+
+    def after(self, model: nn.Module, incompatible: object) -> None:
+        """After everything was copied."""
+        picture, self.picture = self.picture, None
+        if picture is not None and len(self.errors) > self.known:
+            picture.restore()
+        self.errors = []
 
 
 def load_compressed(model: ModuleT, checkpoint: str | PathLike[str] | Mapping[str, Any]) -> ModuleT:
@@ -111,16 +144,16 @@ def load_compressed(model: ModuleT, checkpoint: str | PathLike[str] | Mapping[st
     """
     state_dict = _state_dict_of(checkpoint)
     install_resize_hooks(model)
-    applied = AppliedSurgery()
-    before = deepcopy(model.state_dict())
+    picture = ModelPicture(model)
     # Copying into tensors without storage would silently leave the model empty.
     assign = any(t.is_meta for t in (*model.parameters(), *model.buffers()))
     try:
-        applied = apply_plan(model, resize_all_plan(model, state_dict, ""))
+        picture.applied = apply_plan(model, resize_all_plan(model, state_dict, ""))
+        if lost := list(_lost_parts(model, state_dict, "")):
+            raise CheckpointError("; ".join(lost))
         model.load_state_dict(state_dict, assign=assign)
     except Exception as error:
-        applied.undo()
-        model.load_state_dict(before, assign=assign)
+        picture.restore()
         raise CheckpointError(
             f"the checkpoint does not fit the model, which is left as it was: {error}"
         ) from error
@@ -187,14 +220,51 @@ def _resize_plan(
         return _NOTHING
     plan = family.resize_plan(module, state_dim)
     # Buffers that are not saved follow without being asked.
-    own = module.state_dict().keys()
-    shapes = {n: e.value.shape for n, e in plan.edits.items() if n in own}
-    fits = all(n in saved and saved[n].shape == shape for n, shape in shapes.items())
+    shapes = {name: tensor.shape for name, tensor in _tensors_in(module.state_dict())}
+    shapes |= {name: edit.value.shape for name, edit in plan.edits.items() if name in shapes}
+    fits = all(
+        saved[name].shape == shape if name in saved else name not in plan.edits
+        for name, shape in shapes.items()
+    )
     return (plan, state_dim) if fits else _NOTHING
+
+
+def _fits(model: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> bool:
+    """Whether all that is there, of what the model has, can be copied into it."""
+    return not any(
+        f"{prefix}{name}" in state_dict
+        and getattr(state_dict[f"{prefix}{name}"], "shape", None) != tensor.shape
+        for name, tensor in _tensors_in(model.state_dict())
+    ) and not any(_lost_parts(model, _saved(state_dict, prefix), prefix))
+
+
+def _lost_parts(module: nn.Module, saved: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    """Saved complex tensors that are real here; torch would drop imaginary parts, and only warn."""
+    for name, tensor in _tensors_in(module.state_dict()):
+        value = saved.get(name)
+        if not isinstance(value, Tensor) or tensor.is_complex() or not value.is_complex():
+            continue
+        if not value.is_meta and bool(value.imag.any()):
+            yield (
+                f"'{prefix}{name}': expected a real tensor, got {value.dtype}. The checkpoint is "
+                "of another kind of layer."
+            )
+
+
+def _tensors_in(state_dict: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that have a shape: lazy ones take any."""
+    return (
+        (name, tensor)
+        for name, tensor in state_dict.items()
+        if isinstance(tensor, Tensor) and not is_lazy(tensor)
+    )
 
 
 def _saved(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
     """The saved tensors of one module, by the module's own names."""
+    for key in state_dict:
+        if not isinstance(key, str):
+            raise CheckpointError(f"expected names of tensors as keys, got {key!r}.")
     return {
         key.removeprefix(prefix): value
         for key, value in state_dict.items()
