@@ -16,6 +16,7 @@ from lightning_compressm.callbacks._averages import (
 )
 from lightning_compressm.callbacks._limits import is_last_step, total_steps
 from lightning_compressm.callbacks._rollback import RollbackGuard
+from lightning_compressm.callbacks._state import read_state
 from lightning_compressm.callbacks._strategy import (
     check_optimizers,
     check_precision,
@@ -303,18 +304,17 @@ class CompreSSMCallback(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the state of a checkpoint; the window stays what it was."""
-        window, pending = state_dict["window"], state_dict["pending"]
-        self._window = Window(*window) if window else None
-        self.history = [dict(event) for event in state_dict["history"]]
-        self._looks = state_dict["looks"]
-        self._looked_at_step = state_dict["looked_at_step"]
-        self._watch.load_state_dict(state_dict["sequences"])
-        self._guard.load_state_dict(state_dict["rollback"])
-        self._pending = None
-        if pending is not None:
-            events = [LayerEvent(**event) for event in pending["events"]]
-            self._pending = (SurgeryPlan.from_dict(pending["plan"]), events)
+        """Take up the state of a checkpoint; the window stays what it was.
+
+        Raises:
+            CheckpointError: if it is damaged; the callback is as it was then.
+        """
+        saved = read_state(state_dict)
+        self._window, self._pending = saved.window, saved.pending
+        self.history = saved.history
+        self._looks, self._looked_at_step = saved.looks, saved.looked_at_step
+        self._watch.load_state_dict(saved.sequences)
+        self._guard.load_state_dict(saved.rollback)
 
     # -- the work ----------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from lightning_compressm.callbacks._state import read_spectra
 from lightning_compressm.callbacks._strategy import decide_together
 from lightning_compressm.callbacks._watch import TrainingWatch
 from lightning_compressm.control import order_for_energy
@@ -120,6 +121,10 @@ class HankelMonitor(Callback):
         return {"history": list(self.history), "sequences": self._watch.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the history of a checkpoint."""
-        self.history = list(state_dict["history"])
-        self._watch.load_state_dict(state_dict["sequences"])
+        """Take up the history of a checkpoint.
+
+        Raises:
+            CheckpointError: if it is damaged; the callback is as it was then.
+        """
+        self.history, sequences = read_spectra(state_dict)
+        self._watch.load_state_dict(sequences)
