@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_compressm.discovery import SSMLayer, select_layers
+from lightning_compressm.errors import CalibrationError
 from lightning_compressm.policy import (
     DEFAULT_OUTPUT_ERROR,
     BalanceChoice,
@@ -26,6 +27,7 @@ from lightning_compressm.surgery.loading import install_resize_hooks
 from lightning_compressm.surgery.optimizer import (
     OptimizerStatePolicy,
     carry_gradients,
+    checked_optimizers,
     rebind_optimizers,
 )
 from lightning_compressm.surgery.plan import SurgeryPlan
@@ -147,7 +149,7 @@ def compress(
     Raises:
         ValueError: for contradictory or out-of-range arguments, unknown layer patterns.
         UnsupportedLayerError: if the model has no SSM layer, or one that can't be reduced.
-        CalibrationError: if a selective layer was given no ``sample``.
+        CalibrationError: if a selective layer was given no ``sample``, or the model fails on it.
         CompreSSMError: if a layer can't be reduced safely. The model is untouched then.
 
     Source:
@@ -178,6 +180,7 @@ def compress(
         min_state_dim=min_state_dim,
         share_state_dim=share_state_dim,
     )
+    optimizers = checked_optimizers(optimizers)
     context = _run_sample(model, select_layers(model, layers, ignore), sample)
     proposal = propose(model, policy, context)
     apply_proposal(model, proposal.plan, optimizers)
@@ -238,9 +241,18 @@ def _run_sample(model: nn.Module, layers: Mapping[str, SSMLayer], sample: Any) -
 
 
 def _call(model: nn.Module, sample: Any) -> None:
-    if isinstance(sample, Mapping):
-        model(**sample)
-    elif isinstance(sample, tuple):
-        model(*sample)
-    else:
-        model(sample)
+    try:
+        if isinstance(sample, Mapping):
+            model(**sample)
+        elif isinstance(sample, tuple):
+            model(*sample)
+        else:
+            model(sample)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise CalibrationError(
+            f"sample: {type(model).__name__} can't be run on it ({type(error).__name__}: {error}). "
+            "Expected what the model is called with: a tensor, a tuple of positional arguments, a "
+            "dict of keyword arguments, or a list of several of these."
+        ) from error

@@ -101,6 +101,8 @@ and fraction=0.5. Keep the one that you mean.
         check_choice("selection", self.selection, get_args(Selection))
         check_choice("criterion", self.criterion, ("auto", *CRITERIA))
         check_limit("max_output_error", self.max_output_error)
+        check_flag("share_state_dim", self.share_state_dim)
+        check_flag("refit", self.refit)
         if isinstance(self.horizon, str):
             check_choice("horizon", self.horizon, ("auto",))
         else:
@@ -143,6 +145,16 @@ def check_limit(name: str, value: object) -> None:
         return
     if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
         raise ValueError(f"{name}: expected a number > 0 or None, got {value!r}.")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise unless ``value`` is True or False.
+
+    Example:
+        >>> check_flag("refit", True)
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: expected True or False, got {value!r}.")
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

@@ -33,6 +33,7 @@ from lightning_compressm.policy import (
     Selection,
     check_choice,
     check_count,
+    check_flag,
 )
 from lightning_compressm.proposal import propose
 from lightning_compressm.recording import Processes
@@ -146,7 +147,9 @@ class CompreSSMCallback(Callback):
         check_choice("mode", mode, ("min", "max"))
         check_choice("optimizer_state", optimizer_state, ("transport", "truncate", "reset"))
         check_count("calibration_batches", calibration_batches)
-        if not max_degradation >= 0:
+        check_flag("verbose", verbose)
+        number = isinstance(max_degradation, int | float)
+        if not number or isinstance(max_degradation, bool) or not max_degradation >= 0:
             raise ValueError(f"max_degradation: expected a number >= 0, got {max_degradation!r}.")
         self.policy = ReductionPolicy(
             tolerance=tolerance,
@@ -165,7 +168,8 @@ class CompreSSMCallback(Callback):
             refit=refit,
             max_output_error=max_output_error,
         )
-        self.schedule = Schedule(tuple(window), every_n_epochs, every_n_steps)  # type: ignore[arg-type]
+        window = tuple(window) if isinstance(window, list) else window  # as YAML has it
+        self.schedule = Schedule(window, every_n_epochs, every_n_steps)
         self._new_guard = partial(RollbackGuard, monitor, mode, max_degradation, rollback_dir)
         self.calibration_batches = calibration_batches
         self.optimizer_state: OptimizerStatePolicy = optimizer_state

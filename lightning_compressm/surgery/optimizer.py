@@ -18,7 +18,13 @@ from lightning_compressm.errors import UnsupportedOptimizerError
 from lightning_compressm.surgery.apply import AppliedSurgery, Replacement
 from lightning_compressm.surgery.moments import transport_states, truncate_state
 
-__all__ = ["OptimizerStatePolicy", "carry_gradients", "check_optimizer", "rebind_optimizers"]
+__all__ = [
+    "OptimizerStatePolicy",
+    "carry_gradients",
+    "check_optimizer",
+    "checked_optimizers",
+    "rebind_optimizers",
+]
 
 OptimizerStatePolicy = Literal["transport", "truncate", "reset"]
 
@@ -37,7 +43,7 @@ def check_optimizer(optimizer: object) -> None:
     name = type(optimizer).__name__
     if not isinstance(optimizer, Optimizer):
         raise UnsupportedOptimizerError(
-            f"expected torch.optim.Optimizer objects, got {name}. Pass the optimizer itself."
+            f"optimizers: expected torch.optim.Optimizer objects, got {name}. Pass the optimizer itself."
         )
     if any(cls.__name__ == "ZeroRedundancyOptimizer" for cls in type(optimizer).__mro__):
         raise UnsupportedOptimizerError(
@@ -50,6 +56,28 @@ def check_optimizer(optimizer: object) -> None:
             f"{name} keeps its own references to parameters in {sorted(held)}; they would go stale "
             "after a reduction. Use an optimizer that reads `param_groups`."
         )
+
+
+def checked_optimizers(optimizers: Iterable[Optimizer] | Optimizer) -> list[Optimizer]:
+    """The optimizers as a list, all of a kind that can be carried along.
+
+    Raises:
+        UnsupportedOptimizerError: for anything else.
+
+    Example:
+        >>> checked_optimizers(())
+        []
+    """
+    given: object = optimizers
+    if not isinstance(given, Iterable | Optimizer):
+        raise UnsupportedOptimizerError(
+            f"optimizers: expected a list of torch.optim.Optimizer objects, got {given!r}. Leave "
+            "it out if there are none."
+        )
+    listed = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+    for optimizer in listed:
+        check_optimizer(optimizer)
+    return listed
 
 
 def rebind_optimizers(
@@ -84,9 +112,7 @@ def rebind_optimizers(
         >>> optimizer.param_groups[0]["params"][0] is layer.weight
         True
     """
-    optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
-    for optimizer in optimizers:
-        check_optimizer(optimizer)
+    optimizers = checked_optimizers(optimizers)
     new_states = [_new_states(optimizer, applied, policy) for optimizer in optimizers]
     undos: list[Callable[[], None]] = []
 
