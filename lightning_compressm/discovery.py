@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -86,8 +86,9 @@ def select_layers(
         Module name -> :class:`SSMLayer`.
 
     Raises:
-        UnsupportedLayerError: if nothing is left, two layers share some of their tensors, or a
-            chosen layer is of a kind that can't be reduced (patterns may name these too).
+        UnsupportedLayerError: if nothing is left, two layers share some of their tensors, a chosen
+            layer has the same tensor twice or none yet (meta device), or is of a kind that can't be
+            reduced (patterns may name these too).
         ValueError: if a pattern matches no SSM layer.
 
     Example:
@@ -123,6 +124,7 @@ def select_layers(
     chosen = {name: found[name] for name in left}
     for layer in chosen.values():
         layer.family.refuse(layer.module)
+        _check_tensors(layer)
     _check_sharing(chosen.values())
     return chosen
 
@@ -145,6 +147,28 @@ def _plain_name(path: str) -> str:
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _check_tensors(layer: SSMLayer) -> None:
+    """A layer has tensors with values, and for each with states only one place."""
+    places: dict[int, list[str]] = defaultdict(list)
+    for path, module in layer.module.named_modules():
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                places[id(tensor)].append(f"{path}.{key}".lstrip("."))
+                if tensor.is_meta:
+                    raise UnsupportedLayerError(
+                        f"'{layer.name}' has tensors on the meta device; expected values. "
+                        "Materialise the model first: to_empty(), or a checkpoint and assign=True."
+                    )
+    for name in layer.family.state_axes(layer.module):
+        shared = places[id(tensor_of(layer.module, name))]
+        if len(shared) > 1:
+            raise UnsupportedLayerError(
+                f"'{layer.name}' uses one tensor as {' and as '.join(map(repr, shared))}; expected "
+                "one for each, since a reduction gives them different values. Untie them, or put "
+                "the layer into `ignore`."
+            )
 
 
 def _check_sharing(layers: Iterable[SSMLayer]) -> None:

@@ -147,6 +147,16 @@ def check_limit(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected a number > 0 or None, got {value!r}.")
 
 
+def check_amount(name: str, value: object) -> None:
+    """Raise unless ``value`` is a number >= 0.
+
+    Example:
+        >>> check_amount("max_degradation", 0.02)
+    """
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
+        raise ValueError(f"{name}: expected a number >= 0, got {value!r}.")
+
+
 def check_flag(name: str, value: object) -> None:
     """Raise unless ``value`` is True or False.
 

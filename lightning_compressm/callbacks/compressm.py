@@ -31,6 +31,7 @@ from lightning_compressm.policy import (
     BalanceChoice,
     ReductionPolicy,
     Selection,
+    check_amount,
     check_choice,
     check_count,
     check_flag,
@@ -148,9 +149,7 @@ class CompreSSMCallback(Callback):
         check_choice("optimizer_state", optimizer_state, ("transport", "truncate", "reset"))
         check_count("calibration_batches", calibration_batches)
         check_flag("verbose", verbose)
-        number = isinstance(max_degradation, int | float)
-        if not number or isinstance(max_degradation, bool) or not max_degradation >= 0:
-            raise ValueError(f"max_degradation: expected a number >= 0, got {max_degradation!r}.")
+        check_amount("max_degradation", max_degradation)
         self.policy = ReductionPolicy(
             tolerance=tolerance,
             fraction=fraction,
@@ -168,7 +167,8 @@ class CompreSSMCallback(Callback):
             refit=refit,
             max_output_error=max_output_error,
         )
-        window = tuple(window) if isinstance(window, list) else window  # as YAML has it
+        given: Any = window
+        window = tuple(given) if isinstance(given, list) else window  # as YAML has it
         self.schedule = Schedule(window, every_n_epochs, every_n_steps)
         self._new_guard = partial(RollbackGuard, monitor, mode, max_degradation, rollback_dir)
         self.calibration_batches = calibration_batches

@@ -87,7 +87,7 @@ class SelectiveFamily(FamilyBase):
     def inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
         """The layer's input in a call, padding set to zero; ``None`` if there is none."""
         values = [t for t in (*args, *kwargs.values()) if torch.is_tensor(t)]
-        if not values or values[0].ndim != 3 or values[0].shape[1] < 2:
+        if not values or values[0].ndim != 3 or values[0].shape[1] < 2 or len(values[0]) == 0:
             return None
         mask = kwargs.get("attention_mask")
         if torch.is_tensor(mask) and mask.shape == values[0].shape[:2]:

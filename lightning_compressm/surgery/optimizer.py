@@ -43,7 +43,8 @@ def check_optimizer(optimizer: object) -> None:
     name = type(optimizer).__name__
     if not isinstance(optimizer, Optimizer):
         raise UnsupportedOptimizerError(
-            f"optimizers: expected torch.optim.Optimizer objects, got {name}. Pass the optimizer itself."
+            f"optimizers: expected torch.optim.Optimizer objects, got {name}. Pass the "
+            "optimizer itself."
         )
     if any(cls.__name__ == "ZeroRedundancyOptimizer" for cls in type(optimizer).__mro__):
         raise UnsupportedOptimizerError(
