@@ -207,7 +207,8 @@ def _joined(prefix: str, name: str) -> str:
 def _on_cpu(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _on_cpu(item) for key, item in value.items()}
-    return value.detach().cpu() if torch.is_tensor(value) else value
+    # Copies: torch.save refuses views of one storage as different types (B, and its real part).
+    return value.detach().cpu().clone() if torch.is_tensor(value) else value
 
 
 def _prefix_rule(rule: MomentRule, prefix: str) -> MomentRule:
