@@ -157,6 +157,16 @@ def check_amount(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected a number >= 0, got {value!r}.")
 
 
+def check_text(name: str, value: object) -> None:
+    """Raise unless ``value`` is None or text that is not empty.
+
+    Example:
+        >>> check_text("monitor", "val_loss")
+    """
+    if value is not None and not (isinstance(value, str) and value):
+        raise ValueError(f"{name}: expected text or None, got {value!r}.")
+
+
 def check_flag(name: str, value: object) -> None:
     """Raise unless ``value`` is True or False.
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_compressm.errors import CheckpointError
 from lightning_compressm.report import LayerEvent
 from lightning_compressm.schedule import Window
+from lightning_compressm.surgery.moments import misfit
 from lightning_compressm.surgery.plan import (
     Combine,
     Contract,
@@ -21,7 +23,14 @@ from lightning_compressm.surgery.plan import (
 )
 from lightning_compressm.surgery.snapshot import Snapshot
 
-__all__ = ["CallbackState", "Pending", "read_sequences", "read_spectra", "read_state"]
+__all__ = [
+    "CallbackState",
+    "Pending",
+    "check_optimizer_states",
+    "read_sequences",
+    "read_spectra",
+    "read_state",
+]
 
 Pending = tuple[SurgeryPlan, list[LayerEvent]]
 
@@ -71,6 +80,25 @@ def read_sequences(value: Any) -> dict[str, Any]:
     """What is known of the sequences."""
     lengths = {_text(name): _count(length) for name, length in _mapping(value["lengths"]).items()}
     return {"lengths": lengths, "seen": _count(value["seen"])}
+
+
+def check_optimizer_states(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
+    """Refuse restored state of another shape than the parameters, which torch does not look at.
+
+    Raises:
+        CheckpointError: naming the parameter.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            key = misfit(state, parameter) if isinstance(state, dict) else None
+            if key is not None:
+                raise CheckpointError(
+                    f"the checkpoint's optimizer state '{key}' of '{names.get(id(parameter))}' "
+                    f"does not fit: expected shape {tuple(parameter.shape)}, got "
+                    f"{tuple(state[key].shape)}. Its weights are of another model or another time; "
+                    "load them alone, by load_compressed(model, path), and train from there."
+                )
 
 
 def _entry(saved: object, name: str, read: Callable[[Any], Any]) -> Any:

@@ -16,7 +16,7 @@ from lightning_compressm.callbacks._averages import (
 )
 from lightning_compressm.callbacks._limits import is_last_step, total_steps
 from lightning_compressm.callbacks._rollback import RollbackGuard
-from lightning_compressm.callbacks._state import read_state
+from lightning_compressm.callbacks._state import check_optimizer_states, read_state
 from lightning_compressm.callbacks._strategy import (
     check_optimizers,
     check_precision,
@@ -35,6 +35,7 @@ from lightning_compressm.policy import (
     check_choice,
     check_count,
     check_flag,
+    check_text,
 )
 from lightning_compressm.proposal import propose
 from lightning_compressm.recording import Processes
@@ -150,6 +151,8 @@ class CompreSSMCallback(Callback):
         check_count("calibration_batches", calibration_batches)
         check_flag("verbose", verbose)
         check_amount("max_degradation", max_degradation)
+        check_text("monitor", monitor)
+        check_text("rollback_dir", rollback_dir)
         self.policy = ReductionPolicy(
             tolerance=tolerance,
             fraction=fraction,
@@ -222,6 +225,10 @@ class CompreSSMCallback(Callback):
             self._window = self.schedule.resolve(total_steps(trainer))
         if self._window.end < 1:
             rank_zero_warn("CompreSSMCallback: the run is too short for a reduction.")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check what a checkpoint gave the optimizers; it is restored only now."""
+        check_optimizer_states(trainer.optimizers, pl_module)
 
     # -- training ----------------------------------------------------------------------------
 

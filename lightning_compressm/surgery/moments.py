@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_compressm.surgery.apply import Replacement
 from lightning_compressm.surgery.plan import Combine, Contract, Select, real_parts, take
 
-__all__ = ["transport_states", "truncate_state"]
+__all__ = ["misfit", "transport_states", "truncate_state"]
 
 State = dict[str, Any]
 
@@ -80,6 +80,24 @@ def truncate_state(replacement: Replacement, state: State) -> State | None:
         else:
             return None
     return result
+
+
+def misfit(state: State, parameter: Tensor) -> str | None:
+    """The first of the well-known state tensors that can't belong to ``parameter``, if any.
+
+    Example:
+        >>> misfit({"exp_avg": torch.zeros(4, 3)}, torch.zeros(2, 3))
+        'exp_avg'
+    """
+    known = _FIRST | _SECOND | _POINT | _MAGNITUDE
+    return next(
+        (
+            key
+            for key, value in state.items()
+            if key in known and not _keeps(value, parameter) and not _follows(value, parameter)
+        ),
+        None,
+    )
 
 
 def _transport_one(
