@@ -15,6 +15,7 @@ from lightning_compressm.callbacks._averages import averages_of
 from lightning_compressm.callbacks._strategy import carry_out
 from lightning_compressm.discovery import SSMLayer
 from lightning_compressm.errors import CheckpointError, SurgeryError
+from lightning_compressm.policy import check_amount, check_choice, check_text
 from lightning_compressm.report import LayerEvent
 from lightning_compressm.surgery.snapshot import Snapshot
 from lightning_compressm.trouble import TroubleError
@@ -31,6 +32,9 @@ class RollbackGuard:
         max_degradation: how much worse it may get, in the metric's own unit.
         directory: where to keep the state; ``None`` for host memory, and for checkpoints with it.
 
+    Raises:
+        ValueError: for values out of range.
+
     Attributes:
         reference: the metric at the latest validation whose weights were accepted.
         verdict: why the latest reductions are to be taken back; empty if they are not.
@@ -44,6 +48,10 @@ class RollbackGuard:
         max_degradation: float,
         directory: str | None,
     ) -> None:
+        check_text("monitor", monitor)
+        check_choice("mode", mode, ("min", "max"))
+        check_amount("max_degradation", max_degradation)
+        check_text("rollback_dir", directory)
         self.monitor, self.mode, self.max_degradation = monitor, mode, max_degradation
         self.directory = directory
         self.reference: float | None = None

@@ -31,11 +31,9 @@ from lightning_compressm.policy import (
     BalanceChoice,
     ReductionPolicy,
     Selection,
-    check_amount,
     check_choice,
     check_count,
     check_flag,
-    check_text,
 )
 from lightning_compressm.proposal import propose
 from lightning_compressm.recording import Processes
@@ -146,13 +144,9 @@ class CompreSSMCallback(Callback):
         optimizer_state: OptimizerStatePolicy = "transport",
         verbose: bool = True,
     ) -> None:
-        check_choice("mode", mode, ("min", "max"))
         check_choice("optimizer_state", optimizer_state, ("transport", "truncate", "reset"))
         check_count("calibration_batches", calibration_batches)
         check_flag("verbose", verbose)
-        check_amount("max_degradation", max_degradation)
-        check_text("monitor", monitor)
-        check_text("rollback_dir", rollback_dir)
         self.policy = ReductionPolicy(
             tolerance=tolerance,
             fraction=fraction,
@@ -170,8 +164,6 @@ class CompreSSMCallback(Callback):
             refit=refit,
             max_output_error=max_output_error,
         )
-        given: Any = window
-        window = tuple(given) if isinstance(given, list) else window  # as YAML has it
         self.schedule = Schedule(window, every_n_epochs, every_n_steps)
         self._new_guard = partial(RollbackGuard, monitor, mode, max_degradation, rollback_dir)
         self.calibration_batches = calibration_batches
