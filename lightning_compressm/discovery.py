@@ -101,12 +101,13 @@ def select_layers(
     names = [*found, *refused]
     if not names:
         raise UnsupportedLayerError(_nothing_found(model))
-    for pattern in (*(layers or ()), *(ignore or ())):
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(
-                f"the pattern {pattern!r} matches no SSM layer; expected one of: "
-                f"{', '.join(map(repr, names))}."
-            )
+    for argument, patterns in (("layers", layers), ("ignore", ignore)):
+        for pattern in patterns or ():
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(
+                    f"{argument}: the pattern {pattern!r} matches no SSM layer; expected one of: "
+                    f"{', '.join(map(repr, names))}."
+                )
     left = [
         name
         for name in names

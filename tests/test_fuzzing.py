@@ -233,11 +233,11 @@ def test_damaged_files_load_whole_or_not_at_all(seed: int, cut: bool, size: int,
     except CheckpointError:
         assert_untouched(model, before)
         return
+    # Padding between the records, or a byte of the directory that nobody reads.
     assert not cut
-    # Only names, padding or values can have changed: the layer is sound, and has read the file.
-    saved = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    assert model.d_state == 4
     for name, value in model.state_dict().items():
-        torch.testing.assert_close(value, saved[name], rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(value, source.state_dict()[name], rtol=0, atol=0)
 
 
 # -- layers --------------------------------------------------------------------------------------

@@ -140,9 +140,7 @@ def _looks(value: Any) -> list[dict[str, Any]]:
     for look in _list(value):
         _integer(look["step"])
         _integer(look["epoch"])
-        for name, sigma in _mapping(look["spectra"]).items():
-            _text(name)
-            _tensor(sigma)
+        _check_tensors(look["spectra"])
     return [dict(look) for look in value]
 
 
@@ -154,8 +152,10 @@ def _pending(value: Any) -> Pending | None:
         _text(name)
         _tensor(edit.value)
         _check_rule(edit.moments)
-    for name in plan.attributes:
+    for name in (*plan.attributes, *plan.projections):
         _text(name)
+    for tensors in plan.projections.values():
+        _check_tensors(tensors)
     events = [_event(event) for event in _list(value["events"])]
     if not events:
         raise ValueError("a plan without events")
@@ -176,11 +176,15 @@ def _rollback(value: Any) -> dict[str, Any]:
     return saved
 
 
+def _check_tensors(values: Any) -> None:
+    for name, tensor in _mapping(values).items():
+        _text(name)
+        _tensor(tensor)
+
+
 def _check_snapshot(snapshot: Snapshot) -> None:
     for values in (snapshot.model, *snapshot.averages):
-        for name, tensor in _mapping(values).items():
-            _text(name)
-            _tensor(tensor)
+        _check_tensors(values)
     for states in snapshot.optimizers:
         for position, state in _mapping(states).items():
             _integer(position)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -224,3 +225,30 @@ def test_any_state_dict_loads_exactly_or_leaves_the_model(
         lossy = wanted.is_complex() < state[name].is_complex() and bool(state[name].imag.any())
         assert not lossy or (road != "load_compressed" and name.startswith("0."))
         torch.testing.assert_close(value, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("sums", [True, False])
+def test_files_without_check_sums_are_read(sums: bool, tmp_path: Path):
+    source, before = _net(4, 5), torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(sums)
+    try:
+        torch.save(source.state_dict(), tmp_path / "model.pt")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    model = load_compressed(_net(), tmp_path / "model.pt")
+    assert torch.equal(model[2].B, source[2].B)
+    torch.save(source.state_dict(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert torch.equal(load_compressed(_net(), tmp_path / "old.pt")[2].B, source[2].B)
+
+
+def test_one_wrong_bit_in_the_weights_is_noticed(tmp_path: Path):
+    source, path = _net(4, 5), tmp_path / "model.pt"
+    torch.save(source.state_dict(), path)
+    content = bytearray(path.read_bytes())
+    content[content.find(source[0].weight.detach().numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+    model = _net()
+    before = picture(model)
+    with pytest.raises(CheckpointError, match="damaged: wrong check sum of"):
+        load_compressed(model, path)
+    assert_untouched(model, before)
