@@ -5,8 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import replace
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NoReturn, TypeVar
 
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ from lightning_compressm.recording import Context
 from lightning_compressm.selective import analyse_selective
 from lightning_compressm.trouble import LinAlgError, Reach, TroubleError, describe, reach_of
 
-__all__ = ["Examination", "analyse_layer"]
+__all__ = ["Examination", "RemoteAnalysis", "analyse_layer"]
 
 T = TypeVar("T")
 
@@ -36,13 +37,17 @@ class Examination:
     Out of memory, the work is done again on copies on the CPU. Numerical trouble, or no room there
     either, leaves the layer as it is: in all processes alike, with a warning.
 
+    All processes hold the same linear layers, so one of them, the owner, does the work for all.
+    :meth:`prepare` and :meth:`prepare_attempt` do it ahead, without waiting for other processes.
+
     Args:
         layer: to be analysed; it is not changed.
         policy: how.
         context: what is known of the data.
+        owner: number of the process that works on a linear layer.
 
     Attributes:
-        analysis: ``None`` if the layer can't be analysed.
+        analysis: ``None`` if the layer was not or can't be analysed.
         failure: why the layer stays as it is; empty as long as nothing failed.
 
     Example:
@@ -50,18 +55,47 @@ class Examination:
         >>> from lightning_compressm.nn import LRU
         >>> layer = find_ssm_layers(LRU(4, 8))[""]
         >>> examination = Examination(layer, ReductionPolicy(state_dim=3), Context())
+        >>> examination.analyse()
         >>> examination.attempt(3, seed=0).order
         3
     """
 
-    def __init__(self, layer: SSMLayer, policy: ReductionPolicy, context: Context) -> None:
+    def __init__(
+        self, layer: SSMLayer, policy: ReductionPolicy, context: Context, owner: int = 0
+    ) -> None:
         self.layer = layer
         self.failure = ""
+        self.analysis: LayerAnalysis | None = None
         self._policy = policy
         self._context = context
         self._note = ""
-        self.analysis: LayerAnalysis | None = None
+        self._shared = isinstance(layer.family, Family) and context.processes.size > 1
+        self._owner = owner if self._shared else context.processes.rank
+        self._ahead: Callable[[], Any] | None = None
+
+    @property
+    def _mine(self) -> bool:
+        return self._owner == self._context.processes.rank
+
+    def prepare(self) -> None:
+        """Analyse ahead, where this process does it for all."""
+        if self._shared and self._mine:
+            self._ahead = _done(lambda: self._analysed(lambda: None))
+
+    def analyse(self) -> None:
+        """Analyse the layer; to be called once, on all processes."""
         self._guarded(lambda: None)
+        if self._shared and not self.failure:
+            mine = self.analysis
+            known = (None, 0.0) if mine is None else (mine.sigma.cpu(), mine.seconds)
+            sigma, seconds = self._give(known)
+            assert sigma is not None
+            self.analysis = mine or RemoteAnalysis(self.layer, sigma, seconds)
+
+    def prepare_attempt(self, order: int, *, seed: int) -> None:
+        """Do the work of :meth:`attempt` ahead, where this process does it for all."""
+        if self._shared and self._mine and not self.failure:
+            self._ahead = _done(lambda: self._analysed(lambda: self._attempt(order, seed)))
 
     @property
     def sigma(self) -> Tensor | None:
@@ -77,14 +111,13 @@ class Examination:
         return 0.0 if self.analysis is None else self.analysis.seconds
 
     def attempt(self, order: int, *, seed: int) -> Attempt:
-        """Reduce the layer to ``order`` states, or say why not; the order is that of process 0."""
+        """Reduce the layer to ``order`` states, the same on all processes, or say why not."""
+        processes = self._context.processes
+        attempt = None if self.failure else self._guarded(lambda: self._attempt(order, seed))
         if self.failure:
             return self._left_alone()
-        processes = self._context.processes
-        order = processes.agree(order)
-        attempt = self._guarded(lambda: self._attempt(order, seed))
-        if attempt is None:
-            return self._left_alone()
+        attempt = self._give(attempt)
+        assert attempt is not None
         note = "; ".join(filter(None, [attempt.note, self._note]))
         # Orders steer what is exchanged next, so rounding must not make them differ.
         return replace(attempt, order=processes.agree(attempt.order), note=note)
@@ -101,10 +134,15 @@ class Examination:
         return Attempt(plan=None, order=self.layer.state_dim, note=self.failure)
 
     def _guarded(self, work: Callable[[], T]) -> T | None:
-        """The result of ``work`` after an analysis; ``None`` if the layer has to stay as it is."""
+        """The result of ``work`` after an analysis; ``None`` if the layer has to stay as it is.
+
+        It is ``None`` as well where another process does the work.
+        """
         processes = self._context.processes
+        here: Callable[[], T | None] = self._ahead or (lambda: self._analysed(work))
+        self._ahead = None
         try:
-            return processes.together(lambda: self._analysed(work))
+            return processes.together(here if self._mine else lambda: None)
         except TroubleError as trouble:
             reason = trouble.reason
             again = trouble.reach is Reach.DEVICE and not self._note
@@ -115,6 +153,9 @@ class Examination:
             return self._guarded(work)
         self._give_up(f"{reason} (on the CPU as well)" if self._note else reason)
         return None
+
+    def _give(self, value: T) -> T:
+        return self._context.processes.give(value, self._owner) if self._shared else value
 
     def _analysed(self, work: Callable[[], T]) -> T:
         if not self._note:
@@ -142,6 +183,36 @@ class Examination:
         self.failure = reason
         name, family = self.layer.name, self.layer.family.name
         warnings.warn(f"layer '{name}' ({family}) is left as it is: {reason}", stacklevel=5)
+
+
+@dataclass(frozen=True, eq=False)
+class RemoteAnalysis(LayerAnalysis):
+    """What is known of a layer that another process has analysed.
+
+    Example:
+        >>> RemoteAnalysis.__base__.__name__
+        'LayerAnalysis'
+    """
+
+    def attempt(self, order: int, policy: ReductionPolicy, seed: int) -> Attempt:
+        """Is the other process' work."""
+        raise NotImplementedError("only the process that analysed a layer can reduce it")
+
+
+def _done(work: Callable[[], T]) -> Callable[[], T]:
+    """Do something now; what comes of it, result or exception, comes when it is called."""
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+        if reach_of(error) is Reach.DEVICE:
+            failure.__traceback__ = None  # its frames hold the memory that is missing
+        return partial(_raise, failure)
+    return lambda: result
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
 
 
 def analyse_layer(layer: SSMLayer, policy: ReductionPolicy, context: Context) -> LayerAnalysis:

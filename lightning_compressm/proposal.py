@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -77,10 +77,10 @@ def propose(
     """
     context = context or Context()
     layers, aliases = _split_aliases(select_layers(model, policy.layers, policy.ignore))
-    examined = [Examination(layer, policy, context) for layer in layers]
+    examined = _examine(layers, policy, context)
     # Spectra are read before the attempts, after which a layer may have failed.
     spectra = {e.layer.name: e.analysis.sigma.cpu() for e in examined if e.analysis is not None}
-    attempts = _reduce_layers(examined, policy, seed)
+    attempts = _reduce_layers(examined, policy, context, seed)
     plans: list[SurgeryPlan] = []
     events: list[LayerEvent] = []
     for one, attempt in zip(examined, attempts, strict=True):
@@ -124,20 +124,43 @@ def measure_spectra(
     """
     context = context or Context()
     spectra: dict[str, Tensor] = {}
-    for name, layer in select_layers(model, policy.layers, policy.ignore).items():
-        one = Examination(layer, policy, context)
+    for one in _examine(
+        select_layers(model, policy.layers, policy.ignore).values(), policy, context
+    ):
         if one.sigma is not None:
-            spectra[name] = one.sigma
+            spectra[one.layer.name] = one.sigma
         elif not leave_out:
-            raise CompreSSMError(f"layer '{name}' can't be analysed: {one.failure}")
+            raise CompreSSMError(f"layer '{one.layer.name}' can't be analysed: {one.failure}")
     return spectra
 
 
-def _reduce_layers(
-    examined: Sequence[Examination], policy: ReductionPolicy, seed: int
+def _examine(
+    layers: Iterable[SSMLayer], policy: ReductionPolicy, context: Context
+) -> list[Examination]:
+    """Analyse all layers; the processes share linear ones out and work on theirs side by side."""
+    size = context.processes.size
+    examined = [Examination(layer, policy, context, i % size) for i, layer in enumerate(layers)]
+    for one in examined:
+        one.prepare()
+    for one in examined:
+        one.analyse()
+    return examined
+
+
+def _attempt_all(
+    examined: Sequence[Examination], orders: Sequence[int], seed: int
 ) -> list[Attempt]:
-    orders = [_first_order(one, policy) for one in examined]
-    attempts = [e.attempt(n, seed=seed) for e, n in zip(examined, orders, strict=True)]
+    for one, order in zip(examined, orders, strict=True):
+        one.prepare_attempt(order, seed=seed)
+    return [one.attempt(order, seed=seed) for one, order in zip(examined, orders, strict=True)]
+
+
+def _reduce_layers(
+    examined: Sequence[Examination], policy: ReductionPolicy, context: Context, seed: int
+) -> list[Attempt]:
+    # Orders steer what is exchanged next, so rounding must not make them differ.
+    orders = context.processes.agree([_first_order(one, policy) for one in examined])
+    attempts = _attempt_all(examined, orders, seed)
     if not policy.share_state_dim:
         return attempts
     # An attempt may need more states than asked for; then its whole family gets them.
@@ -150,10 +173,10 @@ def _reduce_layers(
         wanted = [min(needed[e.layer.family.name], e.layer.state_dim) for e in examined]
         if all(attempt.order == n for attempt, n in zip(attempts, wanted, strict=True)):
             return attempts
-        attempts = [
-            attempt if attempt.order == n else one.attempt(n, seed=seed)
-            for one, attempt, n in zip(examined, attempts, wanted, strict=True)
-        ]
+        again = [i for i, n in enumerate(wanted) if attempts[i].order != n]
+        others = _attempt_all([examined[i] for i in again], [wanted[i] for i in again], seed)
+        for i, other in zip(again, others, strict=True):
+            attempts[i] = other
     raise AssertionError("raising dimensions must end at the present ones")
 
 

@@ -22,10 +22,17 @@ T = TypeVar("T")
 class Processes:
     """The processes that decide together; this one stands for a process on its own.
 
+    Attributes:
+        rank: number of this process.
+        size: how many there are.
+
     Example:
         >>> Processes().agree(3)
         3
     """
+
+    rank: int = 0
+    size: int = 1
 
     def add_up(self, total: Tensor) -> Tensor:
         """The sum of a tensor over all processes."""
@@ -33,6 +40,10 @@ class Processes:
 
     def agree(self, value: T) -> T:
         """The value that the first process has."""
+        return self.give(value, 0)
+
+    def give(self, value: T, owner: int) -> T:
+        """The value that the process number ``owner`` has."""
         return value
 
     def together(self, work: Callable[[], T]) -> T:

@@ -103,8 +103,8 @@ class Ranks(Processes):
 
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
-        self._size = int(getattr(strategy, "world_size", 1))
-        self._rank = int(getattr(strategy, "global_rank", 0))
+        self.size = int(getattr(strategy, "world_size", 1))
+        self.rank = int(getattr(strategy, "global_rank", 0))
         self._over = False  # the others know of the end, or can't be reached
 
     def add_up(self, total: Tensor) -> Tensor:
@@ -114,13 +114,13 @@ class Ranks(Processes):
         summed: Tensor = self._exchange(lambda: self.strategy.reduce(there, reduce_op="sum"))
         return summed.to(total.device)
 
-    def agree(self, value: T) -> T:
-        """What rank 0 has."""
-        if self._size > 1 and self._rank == 0:
+    def give(self, value: T, owner: int) -> T:
+        """What the rank ``owner`` has."""
+        if self.size > 1 and self.rank == owner:
             pickle.dumps(value)  # what can't be sent must not fail while the others wait for it
         self._tell(Reach.NONE)
-        agreed: T = self._exchange(lambda: self.strategy.broadcast(value))
-        return agreed
+        given: T = self._exchange(lambda: self.strategy.broadcast(value, src=owner))
+        return given
 
     def together(self, work: Callable[[], T]) -> T:
         """Do something on all ranks: it succeeds on all of them, or on none.
@@ -138,7 +138,7 @@ class Ranks(Processes):
             if self._over:
                 raise
             reach, reason = reach_of(error), describe(error)
-            self._tell(reach, f"rank {self._rank}: {reason}" if self._size > 1 else reason)
+            self._tell(reach, f"rank {self.rank}: {reason}" if self.size > 1 else reason)
             raise
         self._tell(Reach.NONE)
         return result
@@ -148,10 +148,10 @@ class Ranks(Processes):
 
         Returns only if all are well, or if this rank is the one whose exception ends the work.
         """
-        mine = reach * self._size + (self._rank if reach else 0)
+        mine = reach * self.size + (self.rank if reach else 0)
         code = torch.tensor(mine, device=self.strategy.root_device)
         worst, rank = divmod(
-            int(self._exchange(lambda: self.strategy.reduce(code, reduce_op="max"))), self._size
+            int(self._exchange(lambda: self.strategy.reduce(code, reduce_op="max"))), self.size
         )
         if worst == Reach.NONE:
             return
