@@ -139,12 +139,25 @@ def _examine(
 ) -> list[Examination]:
     """Analyse all layers; the processes share linear ones out and work on theirs side by side."""
     size = context.processes.size
-    examined = [Examination(layer, policy, context, i % size) for i, layer in enumerate(layers)]
+    examined = [
+        Examination(layer, policy, context, owner_of(index, size))
+        for index, layer in enumerate(layers)
+    ]
     for one in examined:
         one.prepare()
     for one in examined:
         one.analyse()
     return examined
+
+
+def owner_of(index: int, size: int) -> int:
+    """The process out of ``size`` that works on the layer number ``index``, if it is linear.
+
+    Example:
+        >>> [owner_of(index, 2) for index in range(3)]
+        [0, 1, 0]
+    """
+    return index % size
 
 
 def _attempt_all(
