@@ -131,13 +131,17 @@ def _reduce_layers(
     attempts = [a.attempt(n, policy, seed) for a, n in zip(analyses, orders, strict=True)]
     if not policy.share_state_dim:
         return attempts
-    # An attempt may need more states than asked for; then its whole family gets them.
-    for _ in range(len(analyses) + 1):
+    # An attempt may need more states than asked for; then its whole family gets them, as far as a
+    # layer has so many. Dimensions only rise, so there is an end.
+    present = [analysis.layer.state_dim for analysis in analyses]
+    for _ in range(sum(present) + 1):
         needed: dict[str, int] = defaultdict(int)
         for analysis, attempt in zip(analyses, attempts, strict=True):
             name = analysis.layer.family.name
             needed[name] = max(needed[name], attempt.order)
-        wanted = [needed[analysis.layer.family.name] for analysis in analyses]
+        wanted = [
+            min(needed[a.layer.family.name], n) for a, n in zip(analyses, present, strict=True)
+        ]
         if all(attempt.order == n for attempt, n in zip(attempts, wanted, strict=True)):
             return attempts
         attempts = [
