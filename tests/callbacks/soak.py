@@ -32,7 +32,7 @@ from lightning_compressm import CompreSSMCallback
 
 from .helpers import trainer
 from .soak_plan import OPTIMIZERS, Net, Setting, plan
-from .soak_watch import Watch, gather, live, resident
+from .soak_watch import Spoil, Watch, gather, live, resident
 
 BATCH = 4
 WARM_UP = 0.3  # of all reductions
@@ -141,7 +141,8 @@ def soak(arguments: argparse.Namespace) -> Figures:
             continue
         began, before = time.perf_counter(), figures.reductions
         try:
-            run(setting, figures, arguments.devices)
+            spoil = [Spoil(arguments.spoil)] if arguments.spoil else []
+            run(setting, figures, arguments.devices, *spoil)
         except BaseException:
             print(f"failed: {setting}", file=sys.stderr)
             raise
@@ -208,6 +209,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--devices", type=int, default=2, help="processes (%(default)s)")
     parser.add_argument("--only", type=int, help="the number of a run, to repeat it alone")
     parser.add_argument("--verbose", action="store_true", help="a line for each run")
+    parser.add_argument(
+        "--spoil", choices=("ranks", "memory"), help="break something, to see that it is noticed"
+    )
     parser.add_argument("--json", type=Path, help="write the figures of all ranks here")
     return parser.parse_args(argv)
 

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_compressm import CompreSSMCallback, find_ssm_layers
 
 STATM = Path("/proc/self/statm")
+OWN = {"prev_loss"}  # LBFGS keeps the loss of its own rank's share of the batch
 
 
 def digest(model: nn.Module, optimizers: list[Any]) -> str:
@@ -43,7 +44,8 @@ def _hash(sha: Any, name: str, value: Any) -> None:
         sha.update(value.detach().contiguous().numpy().tobytes())
     elif isinstance(value, dict):
         for key, item in value.items():
-            _hash(sha, str(key), item)
+            if key not in OWN:
+                _hash(sha, str(key), item)
     elif isinstance(value, list | tuple):
         for item in value:
             _hash(sha, "", item)
@@ -144,6 +146,25 @@ class Watch(pl.Callback):
                 self.divergences.append(f"{what} after step {trainer.global_step}")
         if found != self.callback.state_dims:
             self.divergences.append(f"state_dims of the layers after step {trainer.global_step}")
+
+
+class Spoil(pl.Callback):
+    """Does what the watch must notice: `"ranks"` lets them drift apart, `"memory"` hoards."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.hoard: list[nn.Parameter] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.what == "memory":
+            self.hoard += list(pl_module.parameters())
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
+    ) -> None:
+        if self.what == "ranks" and trainer.global_rank > 0 and trainer.global_step == 2:
+            entry = next(pl_module.parameters()).data.view(-1)[:1]
+            entry.copy_(torch.nextafter(entry, entry + 1))
 
 
 def _replaceable(trainer: pl.Trainer) -> Iterator[tuple[str, weakref.ref[Any]]]:
