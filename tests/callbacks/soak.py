@@ -18,7 +18,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(report(all_figures))
         if arguments.json is not None:
-            arguments.json.write_text(json.dumps([asdict(figures) for figures in all_figures]))
+            arguments.json.write_text(json.dumps([vars(figures) for figures in all_figures]))
     if torch.distributed.is_initialized():
         # Left alive, gloo's threads can abort the interpreter while it exits.
         torch.distributed.destroy_process_group()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import hashlib
-import os
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_compressm import CompreSSMCallback, find_ssm_layers
 
-STATM = Path("/proc/self/statm")
+STATUS = Path("/proc/self/status")
 OWN = {"prev_loss"}  # LBFGS keeps the loss of its own rank's share of the batch
 
 
@@ -63,8 +63,12 @@ def gather(value: Any) -> list[Any]:
 
 
 def resident() -> float:
-    """Megabytes of this process in memory."""
-    return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+    """Megabytes of this process in memory, without those of files, which come and go."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)  # what was freed is not always given back at once
+    lines = STATUS.read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 
 
 def live() -> Counter[str]:
