@@ -176,14 +176,17 @@ def _reduce_layers(
     attempts = _attempt_all(examined, orders, seed)
     if not policy.share_state_dim:
         return attempts
-    # An attempt may need more states than asked for; then its whole family gets them.
-    for _ in range(len(examined) + 1):
+    # An attempt may need more states than asked for; then its whole family gets them, as far as a
+    # layer has so many. Dimensions only rise, so there is an end.
+    present = [one.layer.state_dim for one in examined]
+    for _ in range(sum(present) + 1):
         needed: dict[str, int] = defaultdict(int)
         for one, attempt in zip(examined, attempts, strict=True):
             name = one.layer.family.name
             needed[name] = max(needed[name], attempt.order)
-        # A layer that has fewer to begin with stays at those.
-        wanted = [min(needed[e.layer.family.name], e.layer.state_dim) for e in examined]
+        wanted = [
+            min(needed[e.layer.family.name], n) for e, n in zip(examined, present, strict=True)
+        ]
         if all(attempt.order == n for attempt, n in zip(attempts, wanted, strict=True)):
             return attempts
         again = [i for i, n in enumerate(wanted) if attempts[i].order != n]

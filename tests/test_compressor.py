@@ -135,6 +135,16 @@ def test_share_state_dim_takes_the_largest_need():
     assert model.first.d_state == model.second.d_state == max(needs)
 
 
+@pytest.mark.parametrize("target", [{"fraction": 0.1}, {"tolerance": 0.0}, {"tolerance": 0.1}])
+def test_share_state_dim_leaves_a_layer_that_has_fewer_as_it_is(target: dict[str, float]):
+    model = nn.Sequential(LRU(2, 20, r_min=0.9), LRU(2, 6, r_max=0.91), LRU(2, 9, r_min=0.9))
+    alone = [e.new_state_dim for e in compress(deepcopy(model), **target).events]
+    most = max(alone)
+    events = compress(model, **target, share_state_dim=True).events
+    assert [e.new_state_dim for e in events] == [min(most, n) for n in (20, 6, 9)]
+    assert [layer.d_state for layer in model] == [e.new_state_dim for e in events]
+
+
 @pytest.mark.usefixtures("_own_families")
 def test_share_state_dim_is_for_each_family():
     model = nn.Sequential(LRU(2, 12), Decay(2, 12), LRU(2, 12, r_min=0.0, r_max=0.2))

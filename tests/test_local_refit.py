@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -53,3 +55,38 @@ def test_the_error_of_an_output_that_should_be_zero():
     assert output_error([(zero, zero)], Processes()) == 0
     assert output_error([(one, zero)], Processes()) == 1
     assert output_error([(one * torch.nan, one)], Processes()) == float("inf")
+
+
+class Twins(Processes):
+    """Two processes that hold the same data; counts how often they exchange something."""
+
+    def __init__(self) -> None:
+        self.exchanges = 0
+
+    def add_up(self, total: Tensor) -> Tensor:
+        self.exchanges += 1
+        return 2 * total
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_processes_exchange_once_a_step_whatever_is_fitted(dtype: torch.dtype):
+    torch.manual_seed(1)
+    start = [torch.randn(4, 3), torch.randn(4, 1, 2), torch.randn(4).to(dtype)]
+    x, target = torch.randn(9, 3), torch.randn(9, 4)
+
+    def fit(processes: Processes) -> list[Tensor]:
+        weight, gains, bias = tensors = [t.clone() for t in start]
+
+        def runs() -> Iterator[tuple[Tensor, Tensor]]:
+            for batch, wanted in zip(x.split(5), target.split(5), strict=True):
+                yield torch.tanh(batch @ weight.mT) * gains.sum((1, 2)) + bias, wanted
+
+        fit_output(tensors, runs, processes, steps=7)
+        return tensors
+
+    twins = Twins()
+    for one, two, before in zip(fit(Processes()), fit(twins), start, strict=True):
+        assert one.dtype == before.dtype
+        assert not torch.equal(one, before)
+        assert torch.equal(one, two), "twice the same data must not change the fit"
+    assert twins.exchanges == 8, "seven steps and the error of the last values"

@@ -1,0 +1,59 @@
+"""The benchmark of the callback's own cost runs; how much it is, is no business of a test."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+pytest.importorskip("rich")
+
+from benchmarks import overhead
+from benchmarks.overhead import EPOCH, PHASES, SIZES, run
+
+STEPS = 8 * EPOCH
+SMALL = ["--sizes", "tiny", "--seeds", "2", "--steps", str(STEPS)]
+
+
+@pytest.fixture(autouse=True)
+def _same_threads_afterwards() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("size", ["tiny", "mamba"])
+def test_times_every_step_but_the_first_ones_and_those_around_the_look(size: str) -> None:
+    callback = run(SIZES[size], 0, STEPS)
+    looked = {event["step"] for event in callback.history}
+    assert looked == {STEPS // 2}
+    for phase in PHASES:
+        hooks, steps = callback.hooks[phase], callback.steps[phase]
+        assert len(hooks) == len(steps) > 2 * EPOCH - 5
+        assert all(0 < hook < step for hook, step in zip(hooks, steps, strict=True))
+        assert callback.epochs[phase]
+    # Selective layers are listened to as long as a look may come, and no longer.
+    during, after = (statistics.median(callback.hooks[phase]) for phase in PHASES)
+    assert (during > 2 * after) == (size == "mamba")
+
+
+def test_prints_a_line_for_each_phase(capsys: pytest.CaptureFixture[str]) -> None:
+    assert overhead.main(SMALL) == 0
+    printed = capsys.readouterr().out
+    assert all(phase in printed for phase in PHASES)
+    assert str(SIZES["tiny"]) in " ".join(printed.split())
+
+
+def test_a_missed_target_fails(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(overhead.SIZES, "medium", SIZES["tiny"])
+    assert overhead.main([*SMALL, "--sizes", "medium", "--target", "0"]) == 1
+    assert "above the target" in capsys.readouterr().out
+
+
+def test_needs_steps_to_time() -> None:
+    with pytest.raises(SystemExit):
+        overhead.main(["--steps", "10"])
