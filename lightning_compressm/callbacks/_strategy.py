@@ -27,6 +27,7 @@ __all__ = [
     "Ranks",
     "check_optimizers",
     "check_precision",
+    "check_pruning",
     "check_trainer",
     "decide_together",
     "swap",
@@ -60,10 +61,10 @@ def check_trainer(trainer: pl.Trainer) -> None:
             f"{', '.join(_PRECISIONS)}."
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, WeightAveraging | StochasticWeightAveraging | ModelPruning):
+        if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
             raise UnsupportedStrategyError(
                 f"the callback {_name(callback)} is not supported together with a reduction yet: "
-                "it keeps copies or masks of the weights in their old shape. Leave it out."
+                "it keeps copies of the weights in their old shape. Leave it out."
             )
 
 
@@ -82,6 +83,27 @@ def check_precision(trainer: pl.Trainer, layers: Iterable[SSMLayer]) -> None:
                 f"layer '{layer.name}' has complex parameters, and precision 'bf16-true' turns "
                 "them into real ones. Use 'bf16-mixed', or a layer with real parameters."
             )
+
+
+def check_pruning(trainer: pl.Trainer, layers: Iterable[SSMLayer]) -> None:
+    """Refuse ``ModelPruning`` of the layers that may be reduced; of others it is no trouble.
+
+    To be called after ``setup``, in which that callback settles on what it prunes.
+
+    Raises:
+        UnsupportedStrategyError: naming the layer and what would be pruned in it.
+    """
+    owners = {id(module): layer for layer in layers for module in layer.module.modules()}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if not isinstance(callback, ModelPruning):
+            continue
+        for module, name in callback._parameters_to_prune:
+            if id(module) in owners:
+                raise UnsupportedStrategyError(
+                    f"{_name(callback)} prunes '{name}' of {type(module).__name__} in the SSM "
+                    f"layer '{owners[id(module)].name}', and its mask keeps the old shape. Give it "
+                    "`parameters_to_prune` without these layers, or put them into `ignore`."
+                )
 
 
 def check_optimizers(trainer: pl.Trainer) -> None:

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_compressm.callbacks._strategy import (
     check_optimizers,
     check_precision,
+    check_pruning,
     check_trainer,
     decide_together,
     swap,
@@ -196,6 +197,7 @@ class CompreSSMCallback(Callback):
         """Check layers and optimizers, and tie the window to this run."""
         layers = select_layers(pl_module, self.policy.layers, self.policy.ignore)
         check_precision(trainer, layers.values())
+        check_pruning(trainer, layers.values())
         check_optimizers(trainer)
         self._last_step = trainer.global_step
         self._watch.start()
