@@ -9,17 +9,20 @@ from typing import TypeVar
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import (
     Callback,
+    GradientAccumulationScheduler,
     ModelPruning,
     StochasticWeightAveraging,
     WeightAveraging,
 )
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor
 
 from lightning_compressm.compressor import apply_proposal
 from lightning_compressm.discovery import SSMLayer
 from lightning_compressm.errors import CompreSSMError, SurgeryError, UnsupportedStrategyError
 from lightning_compressm.recording import Processes
+from lightning_compressm.surgery.loading import lacks_resize_hooks
 from lightning_compressm.surgery.optimizer import OptimizerStatePolicy, check_optimizer
 from lightning_compressm.surgery.plan import SurgeryPlan
 
@@ -28,6 +31,7 @@ __all__ = [
     "check_optimizers",
     "check_precision",
     "check_pruning",
+    "check_returned_weights",
     "check_trainer",
     "decide_together",
     "swap",
@@ -55,6 +59,7 @@ def check_trainer(trainer: pl.Trainer) -> None:
             "DDPStrategy(model_averaging_period=...) is not supported: post-local SGD rebuilds "
             "the optimizers around the old parameters. Leave it out."
         )
+    _check_static_graph(trainer)
     if trainer.precision not in _PRECISIONS:
         raise UnsupportedStrategyError(
             f"precision '{trainer.precision}' is not supported; expected one of "
@@ -66,6 +71,39 @@ def check_trainer(trainer: pl.Trainer) -> None:
                 f"the callback {_name(callback)} is not supported together with a reduction yet: "
                 "it keeps copies of the weights in their old shape. Leave it out."
             )
+
+
+def _check_static_graph(trainer: pl.Trainer) -> None:
+    """DDP learns a static graph from its first batch, which has to exchange gradients."""
+    accumulates = trainer.accumulate_grad_batches > 1 or any(
+        isinstance(c, GradientAccumulationScheduler) and c.going_to_accumulate_grad_batches()
+        for c in trainer.callbacks  # type: ignore[attr-defined]
+    )
+    options = getattr(trainer.strategy, "_ddp_kwargs", {})
+    if accumulates and options.get("static_graph"):
+        raise UnsupportedStrategyError(
+            "DDPStrategy(static_graph=True) is not supported with accumulated gradients: torch "
+            "fails if the first batch after a reduction exchanges none. Leave static_graph out."
+        )
+
+
+def check_returned_weights(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Refuse spawned and forked processes whose weights the main process could not take back.
+
+    To be called before this process installs hooks of its own.
+
+    Raises:
+        UnsupportedStrategyError: naming the layers.
+    """
+    if not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        return
+    if lacking := lacks_resize_hooks(pl_module):
+        raise UnsupportedStrategyError(
+            "spawned and forked processes send their weights back to the model in the main "
+            f"process, where {', '.join(map(repr, lacking))} can't load a smaller state dimension. "
+            "Call lightning_compressm.surgery.loading.install_resize_hooks(model) before fit, or "
+            "use strategy='ddp'."
+        )
 
 
 def check_precision(trainer: pl.Trainer, layers: Iterable[SSMLayer]) -> None:

@@ -12,6 +12,7 @@ from lightning_compressm.callbacks._strategy import (
     check_optimizers,
     check_precision,
     check_pruning,
+    check_returned_weights,
     check_trainer,
     decide_together,
     swap,
@@ -189,6 +190,7 @@ class CompreSSMCallback(Callback):
         """Refuse what can't work; make checkpoints of reduced models loadable."""
         if stage == "fit":
             check_trainer(trainer)
+            check_returned_weights(trainer, pl_module)
             if trainer.global_step == 0:
                 self._reset()
         install_resize_hooks(pl_module)

@@ -22,7 +22,7 @@ from lightning_compressm.surgery.plan import SurgeryPlan
 if TYPE_CHECKING:
     from lightning_compressm.families import FamilyBase
 
-__all__ = ["install_resize_hooks", "load_compressed", "resize_on_load"]
+__all__ = ["install_resize_hooks", "lacks_resize_hooks", "load_compressed", "resize_on_load"]
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -75,9 +75,28 @@ def install_resize_hooks(model: nn.Module) -> None:
         _install(module, resize_on_load)
 
 
-def _install(module: nn.Module, hook: Callable[..., None]) -> None:
+def lacks_resize_hooks(model: nn.Module) -> list[str]:
+    """Names of the SSM layers that can't load a checkpoint of another state dimension.
+
+    Example:
+        >>> from lightning_compressm.nn import LRU
+        >>> lacks_resize_hooks(LRU(4, 8))  # ours bring theirs along
+        []
+    """
+    from lightning_compressm.families import named_layers
+
+    if _has(model, _resize_layers_on_load):
+        return []
+    return [name for name, module, _ in named_layers(model) if not _has(module, resize_on_load)]
+
+
+def _has(module: nn.Module, hook: Callable[..., None]) -> bool:
     present = module._load_state_dict_pre_hooks.values()
-    if not any(getattr(other, "hook", other) is hook for other in present):
+    return any(getattr(other, "hook", other) is hook for other in present)
+
+
+def _install(module: nn.Module, hook: Callable[..., None]) -> None:
+    if not _has(module, hook):
         module.register_load_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
 
 
