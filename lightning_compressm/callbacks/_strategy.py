@@ -109,13 +109,14 @@ def check_returned_weights(trainer: pl.Trainer, pl_module: pl.LightningModule) -
 def check_precision(trainer: pl.Trainer, layers: Iterable[SSMLayer]) -> None:
     """Refuse complex parameters where the precision would drop their imaginary part.
 
+    To be called in ``setup``: when training starts, the precision plugin has cast them already.
+
     Raises:
         UnsupportedStrategyError: naming the layer.
     """
     if trainer.precision != "bf16-true":
         return
     for layer in layers:
-        # The precision plugin has cast them already when training starts, so ask the buffers too.
         if any(p.is_complex() for p in layer.module.parameters()):
             raise UnsupportedStrategyError(
                 f"layer '{layer.name}' has complex parameters, and precision 'bf16-true' turns "

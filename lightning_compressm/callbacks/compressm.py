@@ -18,7 +18,7 @@ from lightning_compressm.callbacks._strategy import (
     swap,
 )
 from lightning_compressm.callbacks._watch import TrainingWatch
-from lightning_compressm.discovery import select_layers
+from lightning_compressm.discovery import find_ssm_layers, select_layers
 from lightning_compressm.policy import (
     DEFAULT_OUTPUT_ERROR,
     BalanceChoice,
@@ -190,6 +190,7 @@ class CompreSSMCallback(Callback):
         """Refuse what can't work; make checkpoints of reduced models loadable."""
         if stage == "fit":
             check_trainer(trainer)
+            check_precision(trainer, find_ssm_layers(pl_module).values())
             check_returned_weights(trainer, pl_module)
             if trainer.global_step == 0:
                 self._reset()
@@ -198,7 +199,6 @@ class CompreSSMCallback(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check layers and optimizers, and tie the window to this run."""
         layers = select_layers(pl_module, self.policy.layers, self.policy.ignore)
-        check_precision(trainer, layers.values())
         check_pruning(trainer, layers.values())
         check_optimizers(trainer)
         self._last_step = trainer.global_step
