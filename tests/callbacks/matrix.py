@@ -52,13 +52,15 @@ AXES: dict[str, tuple[str, ...]] = {
         "torch.compile, child",
     ),
 }
+# Not yet: averaged copies keep their old shape, so both callbacks are refused.
+AVERAGED_READY = False
 AVERAGES = ("EMAWeightAveraging", "StochasticWeightAveraging")
 
 # A spawned process differs from others in how it gets its objects, not in what it then does with
 # them; and each spawn imports torch twice.
 SPAWN_MEETS = ("layer", "DDP option", "precision")
 # What a value costs, for a choice between cells that hold as many new pairs.
-COST = {"single device": 1, "ddp": 2.5, "ddp_fork": 6, "ddp_spawn": 100, "mamba_ssm Mamba": 1.5}
+COST = {"none": 0.5, "ddp": 3.0, "ddp_fork": 8.0, "ddp_spawn": 100.0, "mamba_ssm Mamba": 4.0}
 
 
 def obstacle(cell: Mapping[str, str]) -> str | None:
@@ -67,6 +69,10 @@ def obstacle(cell: Mapping[str, str]) -> str | None:
     precision, around = cell.get("precision", ""), cell.get("around", "")
     if cell.get("strategy") == "single device" and cell.get("DDP option", "none") != "none":
         return "an option of DDP needs DDP"
+    if cell.get("DDP option") == "static_graph" and "ccumulation" in training:
+        return "a static graph needs a first batch whose gradients are exchanged"
+    if cell.get("strategy") == "ddp_spawn" and around == "torch.compile, whole module":
+        return "Lightning can't pickle a compiled module"
     if optimizer == "LBFGS" and "ccumulation" in training:
         return "LBFGS evaluates its closure several times, and each time adds the same gradients"
     if optimizer == "LBFGS" and training == "parameter groups":
@@ -137,6 +143,7 @@ def _is_heavy(cell: Cell) -> bool:
 
 
 __all__ = [
+    "AVERAGED_READY",
     "AVERAGES",
     "AXES",
     "averaged_cells",

@@ -52,9 +52,7 @@ class Watch(Callback):
             return  # still accumulating
         after = _values(pl_module)
         self.moved.append({n: not torch.equal(v, after[n]) for n, v in self._before.items()})
-        self.gradients.append(
-            {plain(n): _nonzero(p.grad) for n, p in pl_module.named_parameters()}
-        )
+        self.gradients.append({plain(n): _nonzero(p.grad) for n, p in pl_module.named_parameters()})
         self._before = None
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
