@@ -1,97 +1,33 @@
-"""What a Trainer's strategy has to do with a reduction: refusals, broadcast, DDP re-wrap."""
+"""What a Trainer's strategy has to do with a reduction: exchanges, all or nothing, DDP re-wrap."""
 
 from __future__ import annotations
 
 import gc
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, ModelPruning
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor
 
 from lightning_compressm.callbacks._averages import averages_of
 from lightning_compressm.compressor import apply_proposal
-from lightning_compressm.discovery import SSMLayer
-from lightning_compressm.errors import CompreSSMError, SurgeryError, UnsupportedStrategyError
+from lightning_compressm.errors import CompreSSMError, SurgeryError
 from lightning_compressm.recording import Processes
-from lightning_compressm.surgery.optimizer import OptimizerStatePolicy, check_optimizer
+from lightning_compressm.surgery.optimizer import OptimizerStatePolicy
 from lightning_compressm.surgery.plan import SurgeryPlan
 from lightning_compressm.trouble import Reach, TroubleError, describe, reach_of
 
 __all__ = [
     "Ranks",
     "carry_out",
-    "check_optimizers",
-    "check_precision",
-    "check_trainer",
     "decide_together",
     "swap",
 ]
 
 T = TypeVar("T")
-
-_PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true")
-
-
-def check_trainer(trainer: pl.Trainer) -> None:
-    """Refuse strategies, precisions and callbacks under which a reduction would go wrong.
-
-    Raises:
-        UnsupportedStrategyError: naming what was found and what works.
-    """
-    strategy = trainer.strategy
-    if type(strategy) not in (SingleDeviceStrategy, DDPStrategy):
-        raise UnsupportedStrategyError(
-            f"{type(strategy).__name__} is not supported; expected a single device or DDP. It "
-            "shards or moves parameters in ways that a change of shape breaks."
-        )
-    if getattr(strategy, "_model_averaging_period", None) is not None:
-        raise UnsupportedStrategyError(
-            "DDPStrategy(model_averaging_period=...) is not supported: post-local SGD rebuilds "
-            "the optimizers around the old parameters. Leave it out."
-        )
-    if trainer.precision not in _PRECISIONS:
-        raise UnsupportedStrategyError(
-            f"precision '{trainer.precision}' is not supported; expected one of "
-            f"{', '.join(_PRECISIONS)}."
-        )
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, ModelPruning):
-            raise UnsupportedStrategyError(
-                f"the callback {_name(callback)} is not supported together with a reduction yet: "
-                "it keeps masks of the weights in their old shape. Leave it out."
-            )
-
-
-def check_precision(trainer: pl.Trainer, layers: Iterable[SSMLayer]) -> None:
-    """Refuse complex parameters where the precision would drop their imaginary part.
-
-    Raises:
-        UnsupportedStrategyError: naming the layer.
-    """
-    if trainer.precision != "bf16-true":
-        return
-    for layer in layers:
-        # The precision plugin has cast them already when training starts, so ask the buffers too.
-        if any(p.is_complex() for p in layer.module.parameters()):
-            raise UnsupportedStrategyError(
-                f"layer '{layer.name}' has complex parameters, and precision 'bf16-true' turns "
-                "them into real ones. Use 'bf16-mixed', or a layer with real parameters."
-            )
-
-
-def check_optimizers(trainer: pl.Trainer) -> None:
-    """Refuse optimizers whose state can't follow.
-
-    Raises:
-        UnsupportedOptimizerError: naming the optimizer.
-    """
-    for optimizer in trainer.optimizers:
-        check_optimizer(optimizer)
 
 
 class Ranks(Processes):
@@ -294,7 +230,3 @@ def _power_sgd_states(strategy: DDPStrategy) -> list[dict[Any, Any]]:
     names = ("error_dict", "p_memory_dict", "q_memory_dict")
     states = (getattr(strategy._ddp_comm_state, name, None) for name in names)
     return [state for state in states if state is not None]
-
-
-def _name(callback: Callback) -> str:
-    return type(callback).__name__

@@ -15,15 +15,10 @@ from lightning_compressm.callbacks._averages import (
     install_hooks_on_averages,
 )
 from lightning_compressm.callbacks._limits import is_last_step, total_steps
+from lightning_compressm.callbacks._refusals import check_fit, check_setup
 from lightning_compressm.callbacks._rollback import RollbackGuard
 from lightning_compressm.callbacks._state import check_optimizer_states, read_state
-from lightning_compressm.callbacks._strategy import (
-    check_optimizers,
-    check_precision,
-    check_trainer,
-    decide_together,
-    swap,
-)
+from lightning_compressm.callbacks._strategy import decide_together, swap
 from lightning_compressm.callbacks._watch import TrainingWatch
 from lightning_compressm.discovery import SSMLayer, select_layers
 from lightning_compressm.policy import (
@@ -198,7 +193,7 @@ class CompreSSMCallback(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what can't work; make checkpoints of reduced models loadable."""
         if stage == "fit":
-            check_trainer(trainer)
+            check_setup(trainer, pl_module)
             if trainer.global_step == 0:
                 self._reset()
         install_resize_hooks(pl_module)
@@ -206,8 +201,7 @@ class CompreSSMCallback(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check layers and optimizers, and tie the window to this run."""
-        check_precision(trainer, self._layers_of(pl_module).values())
-        check_optimizers(trainer)
+        check_fit(trainer, self._layers_of(pl_module).values())
         self._guard.check(trainer)
         align_averages(trainer, pl_module)
         self._last_step = trainer.global_step

@@ -126,6 +126,7 @@ class _FusedLRU(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled step gets here too
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         with full_precision(grad.device):

@@ -101,6 +101,7 @@ class _SelectiveRecurrence(torch.autograd.Function):
         return outputs, last
 
     @staticmethod
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled step gets here too
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_last: Tensor) -> tuple[Tensor, ...]:
         with full_precision(grad.device):

@@ -241,6 +241,7 @@ class _Product(torch.autograd.Function):
         return left @ right
 
     @staticmethod
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled step gets here too
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         left, right = ctx.saved_tensors

@@ -80,6 +80,7 @@ class _LinearRecurrence(torch.autograd.Function):
         return states
 
     @staticmethod
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled step gets here too
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
         eigenvalues, powers, states, initial_state = ctx.saved_tensors

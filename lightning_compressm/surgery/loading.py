@@ -29,7 +29,13 @@ from lightning_compressm.surgery.plan import SurgeryPlan
 if TYPE_CHECKING:
     from lightning_compressm.families import FamilyBase
 
-__all__ = ["install_resize_hooks", "load_compressed", "resize_all_plan", "resize_on_load"]
+__all__ = [
+    "install_resize_hooks",
+    "lacks_resize_hooks",
+    "load_compressed",
+    "resize_all_plan",
+    "resize_on_load",
+]
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -90,6 +96,22 @@ def install_resize_hooks(model: nn.Module) -> None:
     for _, module, _ in named_layers(model):
         if resize_on_load not in _hooks(module):
             module.register_load_state_dict_pre_hook(resize_on_load)  # type: ignore[no-untyped-call]
+
+
+def lacks_resize_hooks(model: nn.Module) -> list[str]:
+    """Names of the SSM layers that can't load a checkpoint of another state dimension.
+
+    Example:
+        >>> from lightning_compressm.nn import LRU
+        >>> lacks_resize_hooks(LRU(4, 8))  # ours bring theirs along
+        []
+    """
+    from lightning_compressm.families import named_layers
+
+    if any(isinstance(hook, _ModelHooks) for hook in _hooks(model)):
+        return []
+    layers = named_layers(model)
+    return [name for name, module, _ in layers if resize_on_load not in _hooks(module)]
 
 
 def _hooks(module: nn.Module) -> list[Callable[..., None]]:

@@ -1,0 +1,131 @@
+"""Every cell of the matrix: real Trainers, one process and two, each against its references."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from . import matrix, matrix_checks
+from .matrix import Cell, key
+from .matrix_run import eager, run
+
+ROOT = Path(__file__).parents[2]
+HEAVY = 600  # seconds for a launch that many cells share
+
+
+def _params(processes: int) -> list[object]:
+    quick = matrix.quick_cells()
+    return [
+        pytest.param(cell, id=key(cell), marks=[] if key(cell) in quick else pytest.mark.slow)
+        for cell in matrix.cells()
+        if matrix.processes(cell) == processes
+    ]
+
+
+def _need(cell: Cell) -> None:
+    if cell["layer"] == "mamba_ssm Mamba" and find_spec("mamba_ssm") is None:
+        pytest.skip("mamba_ssm is not installed")
+
+
+def _load(out: Path, rank: int | str = 0) -> matrix_checks.Result:
+    for error in out.glob("error.*.txt"):
+        pytest.fail(error.read_text()[-3000:])
+    result: matrix_checks.Result = torch.load(out / f"{rank}.pt")
+    return result
+
+
+def _judge(cell: Cell, results: list[matrix_checks.Result], out: Path, tmp: Path) -> None:
+    run(eager(cell), tmp / "single", devices=1)
+    run(eager(cell), tmp / "free", devices=1, reduce=False)
+    single, free = _load(tmp / "single"), _load(tmp / "free")
+    for result in (*results, single):
+        matrix_checks.check_reduction(cell, result)
+        matrix_checks.check_training(cell, result)
+        matrix_checks.check_against_no_reduction(result, single, free)
+    for result in results[1:]:
+        matrix_checks.check_ranks(results[0], result)
+    matrix_checks.check_against_one_process(cell, results, single)
+    matrix_checks.check_around(cell, results[0], out)
+
+
+@pytest.mark.parametrize("cell", _params(1))
+def test_one_process(cell: Cell, tmp_path: Path) -> None:
+    _need(cell)
+    run(cell, tmp_path / "run", devices=1)
+    _judge(cell, [_load(tmp_path / "run")], tmp_path / "run", tmp_path)
+
+
+@pytest.fixture(scope="module")
+def launched(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Cell], Path]:
+    """Where a cell's results are; one launch runs all that are asked for of its strategy."""
+    out = tmp_path_factory.mktemp("matrix")
+    items = [getattr(item, "callspec", None) for item in request.session.items]
+    chosen = [spec.params["cell"] for spec in items if spec and "cell" in spec.params]
+    done: set[str] = set()
+
+    def launch(cell: Cell) -> Path:
+        if key(cell) not in done:
+            alike = [key(c) for c in chosen if c["strategy"] == cell["strategy"]]
+            _launch(out, alike)
+            done.update(alike)
+        return out / key(cell)
+
+    return launch
+
+
+def _launch(out: Path, keys: list[str]) -> None:
+    command = [sys.executable, "-m", "tests.callbacks.matrix_worker", str(out), *keys]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=HEAVY)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+
+
+@pytest.mark.timeout(HEAVY)
+@pytest.mark.parametrize("cell", _params(2))
+def test_two_processes(cell: Cell, launched: Callable[[Cell], Path], tmp_path: Path) -> None:
+    _need(cell)
+    out = launched(cell)
+    _judge(cell, [_load(out, rank) for rank in (0, 1)], out, tmp_path)
+    if cell["strategy"] != "ddp":
+        # The Trainer's own process gets the smaller weights back.
+        main = _load(out, "main")
+        assert main["found"] == _load(out)["found"]
+
+
+# -- the cells themselves ----------------------------------------------------------------------
+
+
+def test_every_possible_pair_is_in_a_cell() -> None:
+    held = {pair for cell in matrix.cells() for pair in matrix.pairs_of(cell)}
+    assert not set(matrix.wanted_pairs()) - held
+    assert not [cell for cell in matrix.cells() if matrix.obstacle(cell)]
+    assert 60 <= len(matrix.cells()) <= 110
+    assert len({key(cell) for cell in matrix.cells()}) == len(matrix.cells())
+
+
+def test_a_pair_that_is_left_out_has_a_reason() -> None:
+    wanted = set(matrix.wanted_pairs())
+    for one, values in matrix.AXES.items():
+        for other in (axis for axis in matrix.AXES if axis > one):
+            for a in values:
+                for b in matrix.AXES[other]:
+                    pair = ((one, a), (other, b))
+                    spawned = not matrix.is_wanted(pair)
+                    assert pair in wanted or spawned or matrix.obstacle({one: a, other: b})
+
+
+def test_quick_cells_hold_nearly_every_value() -> None:
+    quick = [cell for cell in matrix.cells() if key(cell) in matrix.quick_cells()]
+    held = {item for cell in quick for item in cell.items()}
+    heavy = {"mamba_ssm Mamba", "ddp_fork", "ddp_spawn"}
+    missing = {v for axis, values in matrix.AXES.items() for v in values if (axis, v) not in held}
+    assert {value for value in missing if "torch.compile" not in value} <= heavy
