@@ -84,7 +84,7 @@ def launch(out: Path, timeout: float, *cases: str) -> None:
     """Run cases in one pair of processes."""
     command = [sys.executable, "-m", "tests.callbacks.fault_worker", str(out), str(timeout)]
     command += ["raise", *cases]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
 
 
@@ -101,6 +101,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # the first one waits for a launch that all share
 @pytest.mark.parametrize(("fault", "where"), TOGETHER, ids=_id)
 def test_two_processes(fault: Fault, where: Where, two_ranks: Path) -> None:
     ranks = _load(two_ranks, f"{where}/{fault.name}")
