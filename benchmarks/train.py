@@ -23,7 +23,8 @@ def main(arguments: Sequence[str] | None = None, *, run: bool = True) -> Lightni
         The command line interface, with `.trainer`, `.model` and `.datamodule`.
 
     Example:
-        >>> cli = main(["--config", "benchmarks/configs/cpu/smnist_tau0.02.yaml"], run=False)
+        >>> from benchmarks.recipes import FOLDER
+        >>> cli = main(["--config", str(FOLDER / "cpu/smnist_tau0.02.yaml")], run=False)
         >>> type(cli.datamodule).__name__
         'DigitsDataModule'
     """
