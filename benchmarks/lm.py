@@ -1,4 +1,4 @@
-"""A small language model with mamba-ssm's own layers, and how it is trained on recall."""
+"""A small language model with mamba-ssm's own layers, and how it is trained to name tokens."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from benchmarks.data.mqar import IGNORED
-from benchmarks.models import planned_steps, warmup_cosine
+from benchmarks.models import planned_steps, with_warmup_cosine
 from lightning_compressm.compat import enable_mamba_ssm_cpu
 
 Kind = Literal["mamba1", "mamba2"]
@@ -107,7 +108,9 @@ def evaluate_recall(
 
 
 class RecallModule(L.LightningModule):
-    """Train on recall with AdamW, linear warm-up and cosine, step by step.
+    """Train on recall, or on the next token, with AdamW, linear warm-up and cosine.
+
+    Validation and test log accuracy and loss, both over the places where something is asked.
 
     Args:
         model: Maps tokens (batch, length) to logits (batch, length, n_tokens).
@@ -125,13 +128,35 @@ class RecallModule(L.LightningModule):
         self.lr = lr
         self.weight_decay = weight_decay
         self.warmup = warmup
+        # "disable" lets a loss that is no number be seen, and costs no synchronisation.
+        for stage in ("val", "test"):
+            self.add_module(f"{stage}_acc", MeanMetric(nan_strategy="disable"))
+            self.add_module(f"{stage}_loss", MeanMetric(nan_strategy="disable"))
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.model(tokens)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         tokens, targets = batch
-        return recall_loss(self.model(tokens), targets)
+        loss = recall_loss(self.model(tokens), targets)
+        self.log("train_loss", loss.detach(), prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._measure("val", *batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._measure("test", *batch)
+
+    def _measure(self, stage: str, tokens: Tensor, targets: Tensor) -> None:
+        logits = self.model(tokens)
+        asked = targets != IGNORED
+        right = (logits.argmax(-1) == targets)[asked]
+        values = {"acc": right.float().mean(), "loss": recall_loss(logits, targets)}
+        for name, value in values.items():
+            metric: MeanMetric = getattr(self, f"{stage}_{name}")
+            metric.update(value, weight=asked.sum())
+            self.log(f"{stage}_{name}", metric, prog_bar=stage == "val")
 
     def configure_optimizers(self) -> Any:
         decayed: list[nn.Parameter] = []
@@ -144,11 +169,4 @@ class RecallModule(L.LightningModule):
             {"params": free, "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(groups, lr=self.lr)
-        total = planned_steps(self.trainer)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: warmup_cosine(step, total, self.warmup)
-        )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        return with_warmup_cosine(optimizer, planned_steps(self.trainer), self.warmup)

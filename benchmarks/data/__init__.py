@@ -2,6 +2,26 @@
 
 from benchmarks.data.delay import DelayDataModule
 from benchmarks.data.digits import DigitsDataModule
+from benchmarks.data.images import SCIFARDataModule, SMNISTDataModule
+from benchmarks.data.listops import GeneratedListOpsDataModule, ListOpsDataModule
+from benchmarks.data.lra_text import AANDataModule, IMDBDataModule
 from benchmarks.data.mqar import MQARDataModule
+from benchmarks.data.pathfinder import GeneratedPathfinderDataModule, PathfinderDataModule
+from benchmarks.data.text import TextDataModule, TextPairDataModule, TextSourceDataModule
 
-__all__ = ["DelayDataModule", "DigitsDataModule", "MQARDataModule"]
+__all__ = [
+    "AANDataModule",
+    "DelayDataModule",
+    "DigitsDataModule",
+    "GeneratedListOpsDataModule",
+    "GeneratedPathfinderDataModule",
+    "IMDBDataModule",
+    "ListOpsDataModule",
+    "MQARDataModule",
+    "PathfinderDataModule",
+    "SCIFARDataModule",
+    "SMNISTDataModule",
+    "TextDataModule",
+    "TextPairDataModule",
+    "TextSourceDataModule",
+]
