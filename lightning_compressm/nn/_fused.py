@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lightning_compressm.nn._chunked import best_chunk, chunked_diagonal
 from lightning_compressm.nn._two_level import (
     full_precision,
     powers_of,
@@ -33,7 +34,9 @@ def fused_lru(
     r"""Run :math:`x_k = \lambda x_{k-1} + B u_k`, :math:`y_k = \mathrm{Re}(C x_k) + D u_k`.
 
     Complex numbers travel as interleaved (re, im) pairs, so both maps are real matrix products.
-    The batch goes through map, scan and map in blocks that fit into the cache. The states are
+    With few channels for each state the work is done in chunks
+    (:func:`~lightning_compressm.nn._chunked.chunked_diagonal`). Otherwise
+    the batch goes through map, scan and map in blocks that fit into the cache. The states are
     kept, once, only where a gradient needs them; the backward pass has one block of its own.
     Weights are (H, 2N): with few channels, products with (2N, H) are several times slower.
 
@@ -76,7 +79,11 @@ def _apply_cartesian(inputs: Tensor, real: Tensor, imag: Tensor, *weights: Tenso
     return _run(inputs, torch.complex(real, imag), *weights)
 
 
-def _run(*tensors: Tensor) -> Any:
+def _run(inputs: Tensor, eigenvalues: Tensor, *weights: Tensor) -> Any:
+    chunk = best_chunk(inputs.shape[1], inputs.shape[2], len(eigenvalues))
+    if chunk is not None and len(inputs) > 0:
+        return chunked_diagonal(chunk, inputs, eigenvalues, *weights)
+    tensors = (inputs, eigenvalues, *weights)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return _FusedLRU.apply(*tensors)
     return _forward(*tensors, keep_states=False)[0]

@@ -149,7 +149,7 @@ def test_long_memory_in_single_precision():
 
 
 def test_memory_is_one_copy_of_the_states():
-    batch, length, width, states = 3, 300, 4, 32
+    batch, length, width, states = 3, 300, 32, 32  # many channels: a scan over all steps
     layer, inputs = make(width, states, torch.float32), torch.randn(batch, length, width)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
