@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any
 
@@ -66,35 +65,57 @@ def _cut(tensor: Tensor, span: slice, rows: slice) -> Tensor:
 
 
 class _Chunk:
-    """Decays and states of one chunk of some rows, in memory that every chunk uses again.
+    """Decays, states and adjoints of one chunk of some rows, in memory that every chunk uses again.
 
     Attributes:
-        room: (at least Q, rows, G, N, W), what the decays lie in.
         decays: (Q, rows, G, N, W).
         states: (Q, rows, G, N, W), after each step.
         before: like ``states``, before each step.
+        adjoint: like ``states``.
     """
 
-    def __init__(self, state: Tensor, length: int) -> None:
+    def __init__(self, state: Tensor, length: int, *, backward: bool = False) -> None:
         size = min(CHUNK, length)
-        self.room = state.new_empty(size, *state.shape)
+        self._decays = state.new_empty(size, *state.shape)
         self._states = state.new_empty(size + 1, *state.shape)
-        self._slots = self._states.unbind(0)
-        self._factors = self.room.unbind(0)
+        self._adjoint = state.new_empty(size if backward else 0, *state.shape)
+        # One view for each step, made once: for small states that is as slow as a step itself.
+        self._decay_at = self._decays.unbind(0)
+        self._state_at = self._states.unbind(0)
+        self._adjoint_at = self._adjoint.unbind(0) if backward else ()
 
     def run(self, dt: Tensor, u: Tensor, A: Tensor, B: Tensor, start: Tensor) -> None:
-        """Fill the chunk; dt and u (Q, rows, G, W), ``start`` the state before its first step."""
+        """Compute the states; dt and u (Q, rows, G, W), ``start`` the state before the first."""
         size = len(dt)
-        self.decays, self.before = self.room[:size], self._states[:size]
-        self.states = self._states[1 : size + 1]
         # Before anything else: it may be the last state of the chunk that lies here.
-        previous = self._slots[0].copy_(start)
+        previous = self._state_at[0].copy_(start)
+        self.decays, self.before = self._decays[:size], self._states[:size]
+        self.states = self._states[1 : size + 1]
         torch.mul(dt.unsqueeze(-2), A * _LOG2_E, out=self.decays)
         # Faster than exp, above all where the result underflows.
         self.decays.exp2_()
         torch.mul((dt * u).unsqueeze(-2), B.unsqueeze(-1), out=self.states)
-        for decay, state in zip(self._factors[:size], self._slots[1 : size + 1], strict=True):
+        for decay, state in zip(self._decay_at, self._state_at[1 : size + 1], strict=False):
             previous = state.addcmul_(decay, previous)
+
+    def run_back(self, dy: Tensor, C: Tensor, carry: Tensor) -> Tensor:
+        """Compute the adjoints from the gradients of the outputs, after the states.
+
+        Args:
+            dy: (Q, rows, G, W).
+            C: (Q, rows, G, N), or with ones for Q and rows.
+            carry: (rows, G, N, W), the gradient of the last state.
+
+        Returns:
+            The gradient of the state before the chunk.
+        """
+        size = len(dy)
+        self.adjoint = self._adjoint[:size]
+        torch.mul(dy.unsqueeze(-2), C.unsqueeze(-1), out=self.adjoint)
+        later = self._adjoint_at[size - 1].add_(carry)
+        for step in range(size - 1, 0, -1):
+            later = self._adjoint_at[step - 1].addcmul_(self._decay_at[step], later)
+        return self._decay_at[0] * later
 
 
 def _forward(
@@ -160,43 +181,24 @@ def _backward(
     spans = _spans(len(inputs))
     for rows in _blocks(starts[0]):
         carry = grad_last[rows]
-        chunk = _Chunk(carry, len(inputs))
-        memory = torch.empty_like(chunk.room)
+        chunk = _Chunk(carry, len(inputs), backward=True)
         for index in reversed(range(len(spans))):
             span = spans[index]
             dt, u, dy = steps[span, rows], inputs[span, rows], grad[span, rows]
             b = _cut(B, span, rows)
             chunk.run(dt, u, A, b, starts[index, rows])
             _add(grad_C, span, rows, _sum_over_channels(dy, chunk.states))
-
-            adjoint = memory[: len(dt)]
-            torch.mul(dy.unsqueeze(-2), _cut(C, span, rows).unsqueeze(-1), out=adjoint)
-            carry = _adjoint_(adjoint, chunk.decays, carry)
-            _add(grad_B, span, rows, _sum_over_channels(dt * u, adjoint))
-            grad_drive = _sum_over_states(b, adjoint)
+            carry = chunk.run_back(dy, _cut(C, span, rows), carry)
+            _add(grad_B, span, rows, _sum_over_channels(dt * u, chunk.adjoint))
+            grad_drive = _sum_over_states(b, chunk.adjoint)
             grad_inputs[span, rows] = grad_drive * dt
             # From here on the decays hold the gradient of Delta A, g_t x_{t-1} exp(Delta_t A).
-            rate = chunk.decays.mul_(adjoint).mul_(chunk.before)
-            by_step = torch.mul(rate, A, out=adjoint).sum(-2)
+            rate = chunk.decays.mul_(chunk.adjoint).mul_(chunk.before)
+            by_step = torch.mul(rate, A, out=chunk.adjoint).sum(-2)
             grad_steps[span, rows] = by_step.addcmul_(grad_drive, u)
             grad_A += rate.mul_(dt.unsqueeze(-2)).sum((0, 1))
         grad_initial[rows] = carry
     return grad_inputs, grad_steps, grad_A, grad_B, grad_C, grad_initial
-
-
-def _adjoint_(adjoint: Tensor, decays: Tensor, carry: Tensor) -> Tensor:
-    """Overwrite C_t dy_t by the adjoint of each step; return what the step before the chunk gets.
-
-    Args:
-        adjoint: (Q, rows, G, N, W).
-        decays: like ``adjoint``.
-        carry: (rows, G, N, W), the return value of the chunk after this one.
-    """
-    adjoint[-1] += carry
-    backwards = itertools.pairwise(adjoint.unbind(0)[::-1])
-    for decay, (later, earlier) in zip(decays.unbind(0)[:0:-1], backwards, strict=True):
-        earlier.addcmul_(decay, later)
-    return decays[0] * adjoint[0]
 
 
 def _add(total: Tensor, span: slice, rows: slice, part: Tensor) -> None:
