@@ -73,9 +73,7 @@ class MambaBlock(nn.Module):
             assert self.c_layernorm is not None
             dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
         dt, A = self.dt_proj(dt), -self.A_log.exp()
-        outputs = selective_scan(
-            x.mT, dt.mT, A, B.mT, C.mT, self.D, z=z.mT, delta_softplus=True
-        )
+        outputs = selective_scan(x.mT, dt.mT, A, B.mT, C.mT, self.D, z=z.mT, delta_softplus=True)
         assert isinstance(outputs, Tensor)
         projected: Tensor = self.out_proj(outputs.mT)
         return projected

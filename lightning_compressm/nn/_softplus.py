@@ -10,6 +10,7 @@ from torch import Tensor
 
 __all__ = ["softplus"]
 
+
 def softplus(values: Tensor) -> Tensor:
     """Return log(1 + exp(x)) to the precision of the dtype, also where it is tiny.
 
