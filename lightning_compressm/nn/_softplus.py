@@ -40,9 +40,11 @@ class _Softplus(torch.autograd.Function):
         small = values.abs().neg_().exp_()
         rounded = 1 + small
         error = small.sub_(rounded - 1).div_(rounded)
-        return rounded.log_().add_(error).add_(values.clamp(min=0))
+        result: Tensor = rounded.log_().add_(error).add_(values.clamp(min=0))
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (values,) = ctx.saved_tensors
-        return grad * values.sigmoid()
+        result: Tensor = grad * values.sigmoid()
+        return result

@@ -94,10 +94,10 @@ def selective_scan(
         y, last = selective_recurrence(
             inputs,
             dt,
-            A.to(dtype).unflatten(0, split).mT.contiguous(),
+            torch.unflatten(A.to(dtype), 0, split).mT.contiguous(),
             _per_group(B.to(dtype), groups),
             _per_group(C.to(dtype), groups),
-            initial_state.to(dtype).unflatten(1, split).mT.contiguous(),
+            torch.unflatten(initial_state.to(dtype), 1, split).mT.contiguous(),
         )
         if D is not None:
             y = y + inputs * D.to(dtype).view(split)
