@@ -11,6 +11,7 @@ them. All are plain sums, so those of several batches, or processes, add up.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from functools import reduce
@@ -105,7 +106,8 @@ def state_chunks(signals: SelectiveSignals) -> Iterator[tuple[slice, Tensor]]:
         signals: of one batch.
 
     Yields:
-        The steps as a slice, and the states after each of them, (batch, steps, G, D, N).
+        The steps as a slice, and the states after each of them, (batch, steps, G, D, N); they may
+        be overwritten.
 
     Example:
         >>> import torch
@@ -117,15 +119,17 @@ def state_chunks(signals: SelectiveSignals) -> Iterator[tuple[slice, Tensor]]:
     batch, length, groups, channels = signals.x.shape
     state = signals.x.new_zeros(batch, groups, channels, signals.n_states)
     driven = signals.dt * signals.x
+    rates = signals.A * math.log2(math.e)
     for start in range(0, length, CHUNK):
         steps = slice(start, min(start + CHUNK, length))
-        decay = torch.exp(signals.dt[:, steps, ..., None] * signals.A)
-        drive = driven[:, steps, ..., None] * signals.B[:, steps, :, None]
-        states = []
-        for factor, force in zip(decay.unbind(1), drive.unbind(1), strict=True):
-            state = factor * state + force
-            states.append(state)
-        yield steps, torch.stack(states, 1)
+        # On a CPU exp takes three times as long as exp2.
+        decay = (signals.dt[:, steps, ..., None] * rates).exp2_()
+        states = driven[:, steps, ..., None] * signals.B[:, steps, :, None]
+        for factor, following in zip(decay.unbind(1), states.unbind(1), strict=True):
+            state = following.addcmul_(factor, state)
+        # The next chunk starts from this state, whatever the caller does to the ones handed out.
+        state = state.clone()
+        yield steps, states
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,9 +200,10 @@ def _statistics(signals: SelectiveSignals) -> SelectiveStatistics:
     groups, n = signals.B.shape[2:]
     energy, gram = signals.x.new_zeros(groups, n), signals.x.new_zeros(groups, n, n)
     for steps, states in state_chunks(signals):
-        weighted = states * signals.weight[:, steps, ..., None]
+        weighted = states.mul_(signals.weight[:, steps, ..., None])
         energy += weighted.square().sum((0, 1, 3))
-        rows = (weighted * signals.C[:, steps, :, None]).movedim(2, 0).reshape(groups, -1, n)
+        read = weighted.mul_(signals.C[:, steps, :, None])
+        rows = read.movedim(2, 0).reshape(groups, -1, n)
         gram += rows.mT @ rows
 
     def second_moment(values: Tensor) -> Tensor:

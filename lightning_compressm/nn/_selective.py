@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ __all__ = ["CHUNK", "selective_recurrence"]
 
 # Measured with 12 to 128 states: shorter chunks keep more states, longer ones leave the cache.
 CHUNK = 32
+_LOG2_E = math.log2(math.e)
 
 
 def selective_recurrence(
@@ -22,16 +23,17 @@ def selective_recurrence(
 ) -> tuple[Tensor, Tensor]:
     r"""Run :math:`x_t = e^{\Delta_t A} x_{t-1} + \Delta_t u_t B_t`, :math:`y_t = C_t x_t`.
 
-    Time comes first in every tensor, so that one step of a chunk is one block of memory. Of the
-    forward pass only the states at the start of each chunk are kept.
+    Time comes first in every tensor, so that one step of a chunk is one block of memory; channels
+    come last, because there are more of them than states after a reduction. Of the forward pass
+    only the states at the start of each chunk are kept.
 
     Args:
         inputs: u, (L, batch, G, W), float32 or float64; dim = G W channels in G groups.
         steps: Delta, like ``inputs``.
-        A: (G, W, N), real.
+        A: (G, N, W), real.
         B: (L, batch, G, N), or (1, 1, G, N) where it is the same at every step.
         C: like ``B``.
-        initial: (batch, G, W, N), the state before the first step.
+        initial: (batch, G, N, W), the state before the first step.
 
     Returns:
         Outputs, like ``inputs``, and the last state, like ``initial``.
@@ -44,7 +46,8 @@ def selective_recurrence(
 def _apply(*tensors: Tensor) -> Any:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return _SelectiveRecurrence.apply(*tensors)
-    outputs, last, _ = _forward(*tensors, keep=False)
+    with torch.no_grad():
+        outputs, last, _ = _forward(*tensors, keep=False)
     return outputs, last
 
 
@@ -61,36 +64,90 @@ def _cut(tensor: Tensor, span: slice, rows: slice) -> Tensor:
     return tensor if tensor.shape[:2] == (1, 1) else tensor[span, rows]
 
 
-def _states(dt: Tensor, u: Tensor, A: Tensor, B: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """Return decays and states, both (Q, rows, G, W, N), of one chunk."""
-    decays = (dt.unsqueeze(-1) * A).exp_()
-    states = (dt * u).unsqueeze(-1) * B.unsqueeze(-2)
-    previous = start
-    for decay, state in zip(decays.unbind(0), states.unbind(0), strict=True):
-        previous = state.addcmul_(decay, previous)
-    return decays, states
+class _Chunk:
+    """Decays, states and adjoints of one chunk of some rows, in memory that every chunk uses again.
+
+    Attributes:
+        decays: (Q, rows, G, N, W).
+        states: (Q, rows, G, N, W), after each step.
+        before: like ``states``, before each step.
+        adjoint: like ``states``.
+    """
+
+    def __init__(self, state: Tensor, length: int, *, backward: bool = False) -> None:
+        size = min(CHUNK, length)
+        self._decays = state.new_empty(size, *state.shape)
+        self._states = state.new_empty(size + 1, *state.shape)
+        self._adjoint = state.new_empty(size if backward else 0, *state.shape)
+        # One view for each step, made once: for small states that is as slow as a step itself.
+        self._decay_at = self._decays.unbind(0)
+        self._state_at = self._states.unbind(0)
+        self._adjoint_at = self._adjoint.unbind(0) if backward else ()
+
+    def run(self, dt: Tensor, u: Tensor, A: Tensor, B: Tensor, start: Tensor) -> None:
+        """Compute the states; dt and u (Q, rows, G, W), ``start`` the state before the first."""
+        size = len(dt)
+        # Before anything else: it may be the last state of the chunk that lies here.
+        previous = self._state_at[0].copy_(start)
+        self.decays, self.before = self._decays[:size], self._states[:size]
+        self.states = self._states[1 : size + 1]
+        torch.mul(dt.unsqueeze(-2), A * _LOG2_E, out=self.decays)
+        # Faster than exp, above all where the result underflows.
+        self.decays.exp2_()
+        torch.mul((dt * u).unsqueeze(-2), B.unsqueeze(-1), out=self.states)
+        for decay, state in zip(self._decay_at, self._state_at[1 : size + 1], strict=False):
+            previous = state.addcmul_(decay, previous)
+
+    def run_back(self, dy: Tensor, C: Tensor, carry: Tensor) -> Tensor:
+        """Compute the adjoints from the gradients of the outputs, after the states.
+
+        Args:
+            dy: (Q, rows, G, W).
+            C: (Q, rows, G, N), or with ones for Q and rows.
+            carry: (rows, G, N, W), the gradient of the last state.
+
+        Returns:
+            The gradient of the state before the chunk.
+        """
+        size = len(dy)
+        self.adjoint = self._adjoint[:size]
+        torch.mul(dy.unsqueeze(-2), C.unsqueeze(-1), out=self.adjoint)
+        later = self._adjoint_at[size - 1].add_(carry)
+        for step in range(size - 1, 0, -1):
+            later = self._adjoint_at[step - 1].addcmul_(self._decay_at[step], later)
+        return self._decay_at[0] * later
 
 
 def _forward(
     inputs: Tensor, steps: Tensor, A: Tensor, B: Tensor, C: Tensor, initial: Tensor, *, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return outputs, last state, and the states at chunk starts (chunks, batch, G, W, N)."""
+    """Return outputs, last state, and the states at chunk starts (chunks, batch, G, N, W)."""
     spans = _spans(len(inputs))
     outputs, last = torch.empty_like(inputs), torch.empty_like(initial)
     starts = initial.new_empty(len(spans) if keep else 0, *initial.shape)
     with full_precision(inputs.device):
         for rows in _blocks(initial):
             state = initial[rows]
+            chunk = _Chunk(state, len(inputs))
             for index, span in enumerate(spans):
                 if keep:
                     starts[index, rows] = state
                 dt, u = steps[span, rows], inputs[span, rows]
-                _, states = _states(dt, u, A, _cut(B, span, rows), state)
-                read = states @ _cut(C, span, rows).unsqueeze(-1)
-                outputs[span, rows] = read.squeeze(-1)
-                state = states[-1]
+                chunk.run(dt, u, A, _cut(B, span, rows), state)
+                outputs[span, rows] = _sum_over_states(_cut(C, span, rows), chunk.states)
+                state = chunk.states[-1]
             last[rows] = state
     return outputs, last, starts
+
+
+def _sum_over_states(weights: Tensor, states: Tensor) -> Tensor:
+    """(Q, rows, G, N) and (Q, rows, G, N, W) to (Q, rows, G, W)."""
+    return (weights.unsqueeze(-2) @ states).squeeze(-2)
+
+
+def _sum_over_channels(weights: Tensor, states: Tensor) -> Tensor:
+    """(Q, rows, G, W) and (Q, rows, G, N, W) to (Q, rows, G, N)."""
+    return (weights.unsqueeze(-2) @ states.mT).squeeze(-2)
 
 
 class _SelectiveRecurrence(torch.autograd.Function):
@@ -125,36 +182,29 @@ def _backward(
     spans = _spans(len(inputs))
     for rows in _blocks(starts[0]):
         carry = grad_last[rows]
+        chunk = _Chunk(carry, len(inputs), backward=True)
         for index in reversed(range(len(spans))):
-            span, start = spans[index], starts[index, rows]
+            span = spans[index]
             dt, u, dy = steps[span, rows], inputs[span, rows], grad[span, rows]
-            b, c = _cut(B, span, rows), _cut(C, span, rows)
-            decays, states = _states(dt, u, A, b, start)
-            _add(grad_C, span, rows, dy.unsqueeze(-2) @ states)
-
-            adjoint = dy.unsqueeze(-1) * c.unsqueeze(-2)
-            adjoint[-1] += carry
-            backwards = itertools.pairwise(adjoint.unbind(0)[::-1])
-            for decay, (later, earlier) in zip(decays.unbind(0)[:0:-1], backwards, strict=True):
-                earlier.addcmul_(decay, later)
-            carry = decays[0] * adjoint[0]
-
-            _add(grad_B, span, rows, (dt * u).unsqueeze(-2) @ adjoint)
-            grad_drive = (adjoint @ b.unsqueeze(-1)).squeeze(-1)
-            # From here on `decays` holds the gradient of Delta A: g_t x_{t-1} exp(Delta_t A).
-            decays.mul_(adjoint)
-            decays[1:] *= states[:-1]
-            decays[0] *= start
+            b = _cut(B, span, rows)
+            chunk.run(dt, u, A, b, starts[index, rows])
+            _add(grad_C, span, rows, _sum_over_channels(dy, chunk.states))
+            carry = chunk.run_back(dy, _cut(C, span, rows), carry)
+            _add(grad_B, span, rows, _sum_over_channels(dt * u, chunk.adjoint))
+            grad_drive = _sum_over_states(b, chunk.adjoint)
             grad_inputs[span, rows] = grad_drive * dt
-            grad_steps[span, rows] = (decays * A).sum(-1).addcmul_(grad_drive, u)
-            grad_A += decays.mul_(dt.unsqueeze(-1)).sum((0, 1))
+            # From here on the decays hold the gradient of Delta A, g_t x_{t-1} exp(Delta_t A).
+            rate = chunk.decays.mul_(chunk.adjoint).mul_(chunk.before)
+            by_step = torch.mul(rate, A, out=chunk.adjoint).sum(-2)
+            grad_steps[span, rows] = by_step.addcmul_(grad_drive, u)
+            grad_A += rate.mul_(dt.unsqueeze(-2)).sum((0, 1))
         grad_initial[rows] = carry
     return grad_inputs, grad_steps, grad_A, grad_B, grad_C, grad_initial
 
 
 def _add(total: Tensor, span: slice, rows: slice, part: Tensor) -> None:
-    """Put (Q, rows, G, 1, N) into its place, or sum it where all steps share one tensor."""
+    """Put (Q, rows, G, N) into its place, or sum it where all steps share one tensor."""
     if total.shape[:2] == (1, 1):
-        total += part.squeeze(-2).sum((0, 1))
+        total += part.sum((0, 1))
     else:
-        total[span, rows] = part.squeeze(-2)
+        total[span, rows] = part

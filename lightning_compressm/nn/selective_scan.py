@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_compressm.nn._selective import selective_recurrence
+from lightning_compressm.nn._softplus import softplus
 from lightning_compressm.nn._two_level import full_precision
 
 __all__ = ["selective_scan"]
@@ -80,31 +81,31 @@ def selective_scan(
     used = [t for t in (u, delta, A, B, C, D, z, delta_bias, initial_state) if t is not None]
     dtype = torch.float64 if torch.float64 in [t.dtype for t in used] else torch.float32
     with full_precision(u.device):
-        u = u.to(dtype)
-        dt = delta.to(dtype)
-        if delta_bias is not None:
-            dt = dt + delta_bias.to(dtype).unsqueeze(-1)
-        if delta_softplus:
-            dt = F.softplus(dt)
         batch, dim, _ = u.shape
         split, states = (groups, dim // groups), A.shape[1]
+        # With time first and channels last, every pass from here on is over contiguous memory.
+        inputs, dt = (_time_first(t.to(dtype), split) for t in (u, delta))
+        if delta_bias is not None:
+            dt = dt + delta_bias.to(dtype).view(split)
+        if delta_softplus:
+            dt = softplus(dt)
         if initial_state is None:
-            initial_state = u.new_zeros(batch, dim, states)
-        read, last = selective_recurrence(
-            _time_first(u, split),
-            _time_first(dt, split),
-            A.to(dtype).contiguous().view(*split, states),
+            initial_state = inputs.new_zeros(batch, dim, states)
+        y, last = selective_recurrence(
+            inputs,
+            dt,
+            torch.unflatten(A.to(dtype), 0, split).mT.contiguous(),
             _per_group(B.to(dtype), groups),
             _per_group(C.to(dtype), groups),
-            initial_state.to(dtype).contiguous().view(batch, *split, states),
+            torch.unflatten(initial_state.to(dtype), 1, split).mT.contiguous(),
         )
-        y = read.flatten(2).permute(1, 2, 0)
         if D is not None:
-            y = y + u * D.to(dtype).unsqueeze(-1)
+            y = y + inputs * D.to(dtype).view(split)
         if z is not None:
-            y = y * F.silu(z.to(dtype))
+            y = y * F.silu(_time_first(z.to(dtype), split))
+        y = y.flatten(2).permute(1, 2, 0)
     y = y.to(dtype_out)
-    return (y, last.flatten(1, 2)) if return_last_state else y
+    return (y, last.mT.flatten(1, 2)) if return_last_state else y
 
 
 def _time_first(sequence: Tensor, split: tuple[int, int]) -> Tensor:

@@ -50,7 +50,7 @@ def test_outputs_states_and_gradients_are_those_of_transformers(model: str):
     weights = torch.randn(y.shape)
     found, wanted = (torch.autograd.grad((r[0] * weights).sum(), given) for r in results)
     for value, want in zip(found, wanted, strict=True):
-        assert relative_error(value, want) < 1e-4
+        assert relative_error(value, want) < 1e-5
     assert torch.equal(scans(model)[0](*given, delta_softplus=True), y)
 
 

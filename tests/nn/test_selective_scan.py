@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_compressm.nn import _selective, selective_scan
 from lightning_compressm.nn._dual import state_space_dual
+from lightning_compressm.nn._mamba import _convolved
+from lightning_compressm.nn._softplus import softplus
 from tests.nn._reference import relative_error
 from tests.nn._selective_reference import naive_dual, naive_selective
 
@@ -237,6 +239,57 @@ def test_refusals(change: dict[str, Tensor], error: type[Exception], words: str)
     given = {n: v.detach().float() for n, v in arguments(8).items()}
     with pytest.raises(error, match=words):
         selective_scan(**{**given, **change})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_softplus_is_exact_where_it_is_tiny_and_where_it_is_large(dtype: torch.dtype):
+    values = torch.cat([torch.linspace(-80, 80, 2001), torch.tensor([-1e4, 1e4])]).to(dtype)
+    values.requires_grad_()
+    wide = values.detach().double().requires_grad_()
+    expected = torch.log1p(torch.exp(-wide.abs())) + wide.clamp(min=0)
+    error = (softplus(values).double() - expected).abs() / expected.clamp(min=1e-300)
+    assert error.max() < 4 * torch.finfo(dtype).eps
+    (slope,) = torch.autograd.grad(softplus(values).sum(), values)
+    assert torch.allclose(slope, torch.sigmoid(values.detach()), atol=0)
+    near = torch.linspace(-5, 5, 7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(softplus, near)
+
+
+@pytest.mark.parametrize("states", [16, 64])
+def test_decays_that_underflow(states: int):
+    """Rates 1 .. N at step sizes near one: most of the decays are denormal or zero."""
+    given = arguments(40, states=states, dtype=torch.float32)
+    given["A"] = -torch.arange(1.0, states + 1).mul(4).expand(DIM, states).contiguous()
+    given["A"].requires_grad_()
+    wide = {n: v.detach().double().requires_grad_() for n, v in given.items()}
+    expected = gradients(naive_selective, wide)
+    for name, value in gradients(ours, given).items():
+        assert relative_error(value.double(), expected[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("length", [1, 2, 9])
+def test_convolution_with_channels_last_is_that_of_the_layer(length: int):
+    layer = nn.Conv1d(4, 4, 3, groups=4, padding=2).double()
+    inputs = torch.randn(2, length, 4, dtype=torch.float64, requires_grad=True)
+    given = [inputs, *layer.parameters()]
+    expected = layer(inputs.mT)[..., :length].mT
+    weights = torch.randn(expected.shape, dtype=torch.float64)
+    found = _convolved(inputs, layer)
+    assert relative_error(found, expected) < 1e-14
+    pairs = [torch.autograd.grad((y * weights).sum(), given) for y in (found, expected)]
+    for value, want in zip(*pairs, strict=True):
+        assert relative_error(value, want) < 1e-13
+
+
+@pytest.mark.parametrize("states", [5, 32, 33])
+def test_dual_chooses_a_chunk_by_itself(states: int):
+    shapes = [(2, 100, 4, 3), (2, 100, 4), (4,), *[(2, 100, 2, states)] * 2]
+    x, dt, A, B, C = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    given = [x, dt.abs(), -A.abs(), B, C]
+    expected, last = state_space_dual(*given, chunk_size=7)
+    found, found_last = state_space_dual(*given)
+    assert relative_error(found, expected) < 1e-12
+    assert relative_error(found_last, last) < 1e-12
 
 
 def dual_arguments(length: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
