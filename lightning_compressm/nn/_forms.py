@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.util
+import math
 import warnings
 from typing import Any, NamedTuple, Protocol
 
@@ -54,14 +55,13 @@ def form_for(device: torch.device, dtype: torch.dtype) -> Form:
 
 @functools.cache
 def _kernel(device: torch.device) -> Form | None:
-    """The Triton form, or ``None`` where it is missing, too new for the device, or fails."""
-    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < _CAPABILITY:
+    """The Triton form, or ``None`` where Triton is missing, too new for the device, or fails."""
+    if importlib.util.find_spec("triton") is None or torch.version.hip is not None:
+        return None
+    if torch.cuda.get_device_capability(device) < _CAPABILITY:
         return None
     try:
         form = _form("triton", importlib.import_module("lightning_compressm.nn._triton"))
-    except ImportError:
-        return None
-    try:
         # Triton needs a C compiler and a matching driver, which show only when a kernel runs.
         _try_out(form, device)
     except Exception as error:
@@ -79,9 +79,10 @@ def _kernel(device: torch.device) -> Form | None:
 def _try_out(form: Form, device: torch.device) -> None:
     """Compare a small scan, in both directions, with the two-level form on the CPU."""
     shape = (2, 75, 35)
-    angles = torch.linspace(0, 6, shape[2], dtype=torch.float64)
+    angles = torch.linspace(0, 6, shape[2], dtype=torch.float64, device="cpu")
     eigenvalues = torch.polar(torch.full_like(angles, 0.95), angles)
-    inputs = torch.polar(torch.ones(shape), torch.arange(2.0 * 75 * 35).view(shape))
+    phases = torch.arange(math.prod(shape), dtype=torch.float32, device="cpu").view(shape)
+    inputs = torch.polar(torch.ones_like(phases), phases)
     results = []
     for which, where in ((TWO_LEVEL, torch.device("cpu")), (form, device)):
         powers = which.powers_of(eigenvalues.to(where), shape[1], inputs.dtype)

@@ -15,10 +15,10 @@ __all__ = ["adjoint_scan_", "powers_of", "scan_"]
 
 
 def powers_of(eigenvalues: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """Return ``eigenvalues ** (1, 2, 4, ...)`` up to less than L, rounded only once to ``dtype``.
+    r"""Return ``eigenvalues ** (1, 2, 4, ...)`` up to less than L, rounded only once to ``dtype``.
 
-    Shape (max(1, ceil(log2 L)), N). With :math:`|\\lambda| > 1` the last of them, about
-    :math:`\\lambda^{L/2}`, must not overflow, or states become NaN.
+    Shape (max(1, ceil(log2 L)), N). With :math:`|\lambda| > 1` the last of them, about
+    :math:`\lambda^{L/2}`, must not overflow, or states become NaN.
     """
     powers = [eigenvalues.to(widest_complex(eigenvalues.device))]
     for _ in range((length - 1).bit_length() - 1):
@@ -29,8 +29,8 @@ def powers_of(eigenvalues: Tensor, length: int, dtype: torch.dtype) -> Tensor:
 def scan_(states: Tensor, powers: Tensor, *, reverse: bool = False) -> None:
     r"""Overwrite inputs :math:`u` by states :math:`x_k = \lambda x_{k-1} + u_k`, zero before.
 
-    Going up, every 2d-th step gets what the d steps before it sum up to, for d = 1, 2, 4, ...; going
-    down, the steps half-way between finished ones are finished.
+    Going up, every 2d-th step gets what the d steps before it sum up to, for d = 1, 2, 4, ...;
+    going down, the steps half-way between finished ones are finished.
 
     Args:
         states: (M, L, N) complex, any L >= 1; overwritten.

@@ -14,12 +14,13 @@ from lightning_compressm.nn._two_level import widest_complex
 __all__ = ["adjoint_scan_", "powers_of", "scan_"]
 
 # One warp scans a tile of STEPS x STATES, one state a lane: steps then follow one another in
-# registers, and all loads of a tile are under way at once.
-STEPS = 32
+# registers, and all loads of a tile are under way at once. Longer tiles spill registers (seen in
+# the code compiled for 8.0 and 9.0).
+STEPS = 16
 STATES = 32
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit  # type: ignore[untyped-decorator]
 def _compose(  # type: ignore[no-untyped-def]
     a_re, a_im, x_re, x_im, b_re, b_im, y_re, y_im
 ):
@@ -32,7 +33,7 @@ def _compose(  # type: ignore[no-untyped-def]
     )
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit  # type: ignore[untyped-decorator]
 def _scan_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # (M, L, N, 2): inputs, overwritten by states
     powers_ptr,  # (STEPS, N, 2): lambda ** (1, ..., STEPS)
@@ -57,10 +58,8 @@ def _scan_kernel(  # type: ignore[no-untyped-def]
     first, last = (step == 0)[:, None], (step == STEPS - 1)[:, None]
     a_re = tl.broadcast_to(tl.sum(tl.where(first, power_re, 0.0), 0)[None, :], (STEPS, STATES))
     a_im = tl.broadcast_to(tl.sum(tl.where(first, power_im, 0.0), 0)[None, :], (STEPS, STATES))
-    carry_re = tl.sum(power_re * 0.0, 0)
-    carry_im = tl.sum(power_im * 0.0, 0)
-    sum_re = carry_re
-    sum_im = carry_im
+    carry_re = tl.zeros((STATES,), x_ptr.dtype.element_ty)
+    carry_im, sum_re, sum_im = carry_re, carry_re, carry_re
     for start in range(0, length, STEPS):
         done = start + step
         time = length - 1 - done if REVERSE else done
@@ -132,7 +131,7 @@ def _launch(
     kernel: Any = _scan_kernel
     x, table = torch.view_as_real(states), torch.view_as_real(powers)
     # Triton launches on the current device, which need not be that of the tensors.
-    with torch.cuda.device_of(states):
+    with torch.cuda.device_of(states):  # type: ignore[no-untyped-call]
         kernel[(rows, triton.cdiv(count, STATES))](
             x,
             table,

@@ -24,15 +24,18 @@ def linear_recurrence(
     On a CPU a two-level scan in about :math:`2\sqrt{L}` steps: chunks side by side, then their
     ends, then a correction by powers of :math:`\lambda`. On CUDA one Triton kernel, where Triton
     works; on other devices a scan in about :math:`2 \log_2 L` steps. Powers are computed in double
-    precision where the device has it. Any length works and nothing is padded. The backward pass is
-    the same scan in reverse with :math:`\bar\lambda`; of the forward pass it keeps the states, once.
+    precision where the device has it. Any length works and nothing is padded. The backward pass
+    is the same scan in reverse with :math:`\bar\lambda`; of the forward pass it keeps the states,
+    once.
 
     Gradients flow to all three arguments, once: differentiating a gradient raises
     ``RuntimeError``. Autocast leaves complex numbers alone. Under ``torch.compile`` the scan runs
     eagerly at a graph break, because compiled complex scans are slower.
 
     Args:
-        eigenvalues: (N,) complex64 or complex128; not restricted to the unit disc.
+        eigenvalues: (N,) complex64 or complex128; not restricted to the unit disc, but outside it
+            powers must not overflow: up to :math:`\lambda^{L/2}` on devices that are neither CPU
+            nor CUDA.
         inputs: (..., L, N) complex64 or complex128, L >= 1.
         initial_state: (..., N) complex, the state before the first step; None means zero.
 
