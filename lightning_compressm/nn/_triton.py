@@ -20,7 +20,7 @@ STEPS = 16
 STATES = 32
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _compose(  # type: ignore[no-untyped-def]
     a_re, a_im, x_re, x_im, b_re, b_im, y_re, y_im
 ):

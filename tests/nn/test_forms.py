@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_compressm.nn import LRU, S4D, S5, _forms, _log_depth, linear_recurrence
+from lightning_compressm.nn import LRU, S5, _forms, _log_depth, linear_recurrence
 from tests.nn._reference import naive_recurrence, relative_error
 from tests.nn.test_scan import LENGTHS, TOLERANCE, assert_same, problem
 
@@ -171,7 +171,7 @@ def test_log_depth_needs_few_kernels(length: int):
 def layers() -> list[torch.nn.Module]:
     """Layers that scan all steps, and (with few channels for each state) chunk ends."""
     double = torch.float64
-    return [LRU(32, 6, dtype=double), LRU(2, 64, dtype=double), S5(8, 16).double(), S4D(3, 8)]
+    return [LRU(32, 6, dtype=double), LRU(2, 64, dtype=double), S5(8, 16).double()]
 
 
 def run(layer: torch.nn.Module, length: int) -> list[Tensor]:
