@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_compressm.nn._two_level import full_precision, powers_of, scan_
+from lightning_compressm.nn._forms import form_for
+from lightning_compressm.nn._two_level import full_precision
 
 __all__ = ["best_chunk", "chunked_diagonal"]
 
@@ -102,8 +103,9 @@ class _ChunkedProduct(torch.autograd.Function):
             batch, count, wide = rows.shape
             flat = rows.reshape(-1, wide)
             starts = _starts(flat, into, batch, count)
-            powers = powers_of(power, count, power.dtype)
-            scan_(_as_complex(starts), powers)
+            form = form_for(power.device, power.dtype)
+            powers = form.powers_of(power, count, power.dtype)
+            form.scan_(_as_complex(starts), powers)
             outputs = torch.addmm(flat @ within, starts.flatten(0, 1), out.mT)
         ctx.save_for_backward(rows, powers, within, into, out, starts)
         return outputs.view_as(rows)
@@ -118,7 +120,7 @@ class _ChunkedProduct(torch.autograd.Function):
             # The conjugate h of the adjoint obeys the recurrence with `power` itself.
             sign = out.new_tensor((1.0, -1.0)).repeat(out.shape[1] // 2)
             adjoint = _ends(dy, out * sign, batch, count)
-            scan_(_as_complex(adjoint), powers, reverse=True)
+            form_for(powers.device, powers.dtype).scan_(_as_complex(adjoint), powers, reverse=True)
             h = adjoint.flatten(0, 1)
             d_rows = torch.addmm(dy @ within.mT, h, (into * sign).mT).view_as(rows)
             d_into = (flat.mT @ h) * sign

@@ -9,13 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_compressm.nn._chunked import best_chunk, chunked_diagonal
-from lightning_compressm.nn._two_level import (
-    full_precision,
-    powers_of,
-    row_blocks,
-    scan_,
-    shifted_product,
-)
+from lightning_compressm.nn._forms import form_for
+from lightning_compressm.nn._two_level import full_precision, row_blocks
 
 __all__ = ["fused_diagonal", "fused_lru"]
 
@@ -101,7 +96,8 @@ def _forward(
     """Return outputs, states (M, L, 2N) (those of the last block unless kept) and powers."""
     batch, length, width = inputs.shape
     pairs = input_weight.shape[1]
-    powers = powers_of(eigenvalues, length, inputs.dtype.to_complex())
+    form = form_for(inputs.device, inputs.dtype.to_complex())
+    powers = form.powers_of(eigenvalues, length, inputs.dtype.to_complex())
     inputs = inputs.contiguous()
     blocks = _blocks(inputs, pairs)
     rows = batch if keep_states else _longest(blocks)
@@ -110,7 +106,7 @@ def _forward(
     for block in blocks:
         x = states[block] if keep_states else states[: block.stop - block.start]
         torch.mm(inputs[block].view(-1, width), input_weight, out=x.view(-1, pairs))
-        scan_(_as_complex(x), powers)
+        form.scan_(_as_complex(x), powers)
         _read_out(x, output_weight, inputs[block], feedthrough, out=outputs[block])
     return outputs, states, powers
 
@@ -154,6 +150,7 @@ def _backward(
     grad_in, grad_out = torch.zeros_like(input_weight), torch.zeros_like(output_weight)
     grad_eigenvalues = torch.zeros_like(powers[0])
     grad_inputs = torch.empty_like(inputs)
+    form = form_for(powers.device, powers.dtype)
     blocks = _blocks(inputs, pairs)
     workspace = inputs.new_empty(_longest(blocks), length, pairs)
     for block in blocks:
@@ -161,8 +158,7 @@ def _backward(
         flat_h, flat_x = h.view(-1, pairs), states[block].view(-1, pairs)
         flat_grad, flat_u = grad[block].view(-1, width), inputs[block].view(-1, width)
         torch.mm(flat_grad, conjugate_out, out=flat_h)
-        scan_(_as_complex(h), powers, reverse=True)
-        grad_eigenvalues += shifted_product(_as_complex(h), _as_complex(states[block]))
+        grad_eigenvalues += form.adjoint_scan_(_as_complex(h), _as_complex(states[block]), powers)
         grad_out.addmm_(flat_grad.t(), flat_x)
         grad_in.addmm_(flat_u.t(), flat_h)
         _read_out(h, conjugate_in, grad[block], feedthrough, out=grad_inputs[block])

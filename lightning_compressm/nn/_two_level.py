@@ -11,7 +11,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["full_precision", "powers_of", "row_blocks", "scan_", "shifted_product"]
+__all__ = [
+    "adjoint_scan_",
+    "full_precision",
+    "powers_of",
+    "row_blocks",
+    "scan_",
+    "shifted_product",
+    "widest_complex",
+]
 
 # Measured with 16 to 384 states: whole batches take up to 2.5 times as long, because every pass
 # over the states then comes from memory. Several threads need longer passes to pay off.
@@ -33,11 +41,12 @@ def chunk_length(length: int) -> int:
 
 def powers_of(eigenvalues: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     """Return ``eigenvalues ** (1, ..., Q)``, shape (Q, N), rounded only once to ``dtype``."""
-    wide = eigenvalues.to(_widest_complex(eigenvalues.device))
+    wide = eigenvalues.to(widest_complex(eigenvalues.device))
     return wide.expand(chunk_length(length), -1).cumprod(0).to(dtype)
 
 
-def _widest_complex(device: torch.device) -> torch.dtype:
+def widest_complex(device: torch.device) -> torch.dtype:
+    """The complex type that powers are computed in."""
     # MPS has no float64.
     return torch.complex64 if device.type == "mps" else torch.complex128
 
@@ -84,6 +93,12 @@ def scan_(states: Tensor, powers: Tensor, *, reverse: bool = False) -> None:
 def _sequential_(steps: tuple[Tensor, ...], factor: Tensor) -> None:
     for previous, current in itertools.pairwise(steps):
         current.addcmul_(factor, previous)
+
+
+def adjoint_scan_(adjoint: Tensor, states: Tensor, powers: Tensor) -> Tensor:
+    """Scan ``adjoint`` in reverse and return its :func:`shifted_product` with ``states``."""
+    scan_(adjoint, powers, reverse=True)
+    return shifted_product(adjoint, states)
 
 
 def shifted_product(adjoint: Tensor, states: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_compressm.nn._two_level import powers_of, row_blocks, scan_, shifted_product
+from lightning_compressm.nn._forms import form_for
+from lightning_compressm.nn._two_level import row_blocks
 
 __all__ = ["linear_recurrence"]
 
@@ -20,17 +21,21 @@ def linear_recurrence(
 ) -> Tensor:
     r"""Run :math:`x_k = \lambda \odot x_{k-1} + u_k` along a sequence.
 
-    A two-level scan in about :math:`2\sqrt{L}` steps: chunks side by side, then their ends, then
-    a correction by powers of :math:`\lambda`, which are computed in double precision. Any length
-    works and nothing is padded. The backward pass is the same scan in reverse with
-    :math:`\bar\lambda`; of the forward pass it keeps the states, once.
+    On a CPU a two-level scan in about :math:`2\sqrt{L}` steps: chunks side by side, then their
+    ends, then a correction by powers of :math:`\lambda`. On CUDA one Triton kernel, where Triton
+    works; on other devices a scan in about :math:`2 \log_2 L` steps. Powers are computed in double
+    precision where the device has it. Any length works and nothing is padded. The backward pass
+    is the same scan in reverse with :math:`\bar\lambda`; of the forward pass it keeps the states,
+    once.
 
     Gradients flow to all three arguments, once: differentiating a gradient raises
     ``RuntimeError``. Autocast leaves complex numbers alone. Under ``torch.compile`` the scan runs
     eagerly at a graph break, because compiled complex scans are slower.
 
     Args:
-        eigenvalues: (N,) complex64 or complex128; not restricted to the unit disc.
+        eigenvalues: (N,) complex64 or complex128; not restricted to the unit disc, but outside it
+            powers must not overflow: up to :math:`\lambda^{L/2}` on devices that are neither CPU
+            nor CUDA.
         inputs: (..., L, N) complex64 or complex128, L >= 1.
         initial_state: (..., N) complex, the state before the first step; None means zero.
 
@@ -69,13 +74,14 @@ class _LinearRecurrence(torch.autograd.Function):
     def forward(
         ctx: Any, eigenvalues: Tensor, inputs: Tensor, initial_state: Tensor | None
     ) -> Tensor:
-        powers = powers_of(eigenvalues, inputs.shape[-2], inputs.dtype)
+        form = form_for(inputs.device, inputs.dtype)
+        powers = form.powers_of(eigenvalues, inputs.shape[-2], inputs.dtype)
         states = inputs.clone(memory_format=torch.contiguous_format).resolve_conj()
         if initial_state is not None:
             states[..., 0, :].addcmul_(powers[0], initial_state.to(inputs.dtype))
         rows = states.view(-1, *states.shape[-2:])
         for block in _blocks(rows):
-            scan_(rows[block], powers)
+            form.scan_(rows[block], powers)
         ctx.save_for_backward(eigenvalues, powers, states, initial_state)
         return states
 
@@ -84,15 +90,17 @@ class _LinearRecurrence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
         eigenvalues, powers, states, initial_state = ctx.saved_tensors
+        form = form_for(states.device, states.dtype)
         # The conjugate h of the adjoint obeys the recurrence with lambda itself, and then
         # conj(d lambda) = sum_k h_k x_{k-1} needs no conjugated copy of the states.
         adjoint = torch.conj_physical(grad.contiguous())
         total = torch.zeros_like(eigenvalues, dtype=powers.dtype)
         adjoint_rows, state_rows = (t.view(-1, *t.shape[-2:]) for t in (adjoint, states))
         for block in _blocks(adjoint_rows):
-            scan_(adjoint_rows[block], powers, reverse=True)
             if ctx.needs_input_grad[0]:
-                total += shifted_product(adjoint_rows[block], state_rows[block])
+                total += form.adjoint_scan_(adjoint_rows[block], state_rows[block], powers)
+            else:
+                form.scan_(adjoint_rows[block], powers, reverse=True)
         grad_initial = None
         if initial_state is not None:
             first = adjoint[..., 0, :]
