@@ -1,0 +1,150 @@
+"""Every figure about speed and memory, as ratios that were measured side by side.
+
+`python -m benchmarks.speed` measures training steps against the number of states, the layers
+against other implementations, the analysis against textbook methods, and the memory of each form.
+What is compared runs in turn (a, b, c, a, b, c, ...), so that a busy machine disturbs all alike; a
+ratio is taken within a round, and shown as median with the smallest and largest one.
+
+`--suite quick` is a look at smaller sizes, without targets. The published layer needs JAX:
+`--jax-python PATH` names another Python that has it. Results go to `results/speed.json` and
+`results/speed.png`; only the JSON has seconds, which say nothing on another machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks.speed_parts import analysis, layers, memory, selective, step
+from benchmarks.speed_parts.picture import draw
+from benchmarks.speed_parts.results import Section, missed
+from benchmarks.speed_parts.suites import SUITES, Suite
+from benchmarks.speed_parts.timing import Report, limited
+from benchmarks.tables import make_console
+
+Part = Callable[[Suite, int, Report], list[Section]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line decides.
+
+    Attributes:
+        suite: Name of the sizes.
+        threads: Everything is measured with each of these numbers of threads.
+        output: Results go to this path with .json and .png added.
+        jax_python: An interpreter that has JAX; None for this one.
+        targets: Fail if a target is missed.
+    """
+
+    suite: str = "full"
+    threads: tuple[int, ...] = (1,)
+    output: Path = Path("results/speed")
+    jax_python: Path | None = None
+    targets: bool = False
+
+
+def run(suite: Suite, settings: Settings, console: Console) -> list[Section]:
+    """Measure everything and print each table as soon as it is there."""
+
+    def against_peers(suite: Suite, threads: int, report: Report) -> list[Section]:
+        return layers.run(suite, threads, report, settings.jax_python)
+
+    parts: dict[str, Part] = {
+        "training steps": step.run,
+        "layers": against_peers,
+        "selective layers": selective.run,
+        "analysis": analysis.run,
+    }
+    jobs = [(name, part, n) for n in settings.threads for name, part in parts.items()]
+    # Bytes do not depend on threads.
+    jobs.append(("memory", lambda suite, _, report: memory.run(suite, report), 1))
+    columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    found: list[Section] = []
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("", total=len(jobs))
+        for name, part, threads in jobs:
+
+            def report(what: str, head: str = f"{name}, {threads} thread(s)") -> None:
+                progress.update(bar, description=f"{head}: {what}")
+
+            report("starting")
+            with limited(threads):
+                sections = part(suite, threads, report)
+            for section in sections:
+                show(section, progress.console)
+            found += sections
+            progress.advance(bar)
+    return found
+
+
+def show(section: Section, console: Console) -> None:
+    """Print a table and the notes under it."""
+    console.print(section.table())
+    for note in section.notes:
+        console.print(note, style="dim")
+    console.print()
+
+
+def to_dict(sections: Sequence[Section], settings: Settings, seconds: float) -> dict[str, Any]:
+    """Everything that was measured, for JSON."""
+    return {
+        "suite": settings.suite,
+        "device": "CPU",
+        "threads": list(settings.threads),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "seconds": seconds,
+        "targets_missed": missed(sections),
+        "sections": [section.to_dict() for section in sections],
+    }
+
+
+def parse(arguments: Iterable[str] | None = None) -> Settings:
+    default = Settings()
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed", description=(__doc__ or "").split("\n", 1)[0]
+    )
+    parser.add_argument("--suite", choices=list(SUITES), default=default.suite)
+    parser.add_argument("--threads", type=int, nargs="+", default=list(default.threads), help="(1)")
+    parser.add_argument("--out", type=Path, default=default.output, help="(%(default)s)")
+    parser.add_argument("--jax-python", type=Path, help="a Python that can import jax (this one)")
+    parser.add_argument("--targets", action="store_true", help="fail if a target is missed")
+    options = parser.parse_args(None if arguments is None else list(arguments))
+    if min(options.threads) < 1:
+        parser.error(f"--threads must be at least 1, got {min(options.threads)}")
+    if options.targets and options.suite != "full":
+        parser.error("--targets belong to the sizes of --suite full; leave one of the two out")
+    return Settings(
+        options.suite, tuple(options.threads), options.out, options.jax_python, options.targets
+    )
+
+
+def main(arguments: Iterable[str] | None = None) -> int:
+    settings = parse(arguments)
+    settings.output.parent.mkdir(parents=True, exist_ok=True)
+    console, start = make_console(), time.perf_counter()
+    sections = run(SUITES[settings.suite], settings, console)
+    seconds = time.perf_counter() - start
+    # Added to the name, not put in place of what follows its last dot.
+    numbers, picture = (Path(f"{settings.output}{end}") for end in (".json", ".png"))
+    numbers.write_text(json.dumps(to_dict(sections, settings, seconds), indent=1) + "\n")
+    draw(sections, picture)
+    console.print(f"Wrote {numbers} and {picture}; took {seconds / 60:.1f} minutes")
+    short = missed(sections)
+    for line in short:
+        console.print(f"target missed: {line}", style="red")
+    return int(settings.targets and bool(short))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

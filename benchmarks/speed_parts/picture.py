@@ -1,0 +1,86 @@
+"""All sections as one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks.speed_parts.results import Ratio, Row, Section
+
+COLUMNS = 2
+# Told apart by people with colour blindness (Okabe and Ito).
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def draw(sections: Sequence[Section], path: Path) -> None:
+    """Save a panel for every section that has ratios to show."""
+    shown = [section for section in sections if any(points(row) for row in section.rows)]
+    lines = -(-len(shown) // COLUMNS)
+    figure = Figure(figsize=(7 * COLUMNS, 5 * max(1, lines)), layout="constrained")
+    for index, section in enumerate(shown):
+        axes = figure.add_subplot(lines, COLUMNS, index + 1)
+        against = all(row.states is not None for row in section.rows)
+        (_curves if against else _bars)(axes, section)
+        axes.set_title(f"{section.title}, CPU, {section.threads} thread(s)", fontsize=10)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def points(row: Row) -> list[tuple[str, Ratio]]:
+    """Every ratio of a row that was measured, with its heading."""
+    found = ((name, cell) for name, cell in row.cells.items() if isinstance(cell, Ratio))
+    return [(name, cell) for name, cell in found if cell.values]
+
+
+def _curves(axes: Any, section: Section) -> None:
+    """The first ratio of each row against N, one line a group; of others where they are few."""
+    curves: dict[str, list[tuple[int, Ratio]]] = {}
+    for row in section.rows:
+        assert row.states is not None
+        own_lines = section.part == "analysis"
+        for name, ratio in points(row) if own_lines else points(row)[:1]:
+            key = name if own_lines else _family(row)
+            curves.setdefault(key, []).append((row.states, ratio))
+    for index, (name, curve) in enumerate(curves.items()):
+        curve.sort(key=lambda point: point[0])
+        ratios = [ratio for _, ratio in curve]
+        spread = [
+            [r.median - min(r.values) for r in ratios],
+            [max(r.values) - r.median for r in ratios],
+        ]
+        axes.errorbar(
+            [states for states, _ in curve],
+            [r.median for r in ratios],
+            spread,
+            marker="o",
+            capsize=3,
+            label=name,
+            color=COLORS[index % len(COLORS)],
+            linestyle=("-", "--", ":")[index // len(COLORS) % 3],
+        )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("states N")
+    axes.set_ylabel(points(section.rows[0])[0][0] if section.part != "analysis" else "ratio")
+    axes.legend(fontsize=7)
+
+
+def _family(row: Row) -> str:
+    """What stays the same along a curve: where N is part of the group, the label has the rest."""
+    return f"{row.label}, {row.group.split(', N=')[0]}" if "N=" in row.group else row.group
+
+
+def _bars(axes: Any, section: Section) -> None:
+    rows = [row for row in section.rows if points(row)][::-1]
+    for place, row in enumerate(rows):
+        ratio = points(row)[0][1]
+        spread = [[ratio.median - min(ratio.values)], [max(ratio.values) - ratio.median]]
+        axes.barh(place, ratio.median, xerr=spread, capsize=3, color=COLORS[0])
+        if ratio.target is not None:
+            axes.plot([ratio.target] * 2, [place - 0.4, place + 0.4], color=COLORS[1], lw=2)
+    axes.set_yticks(range(len(rows)), [f"{row.label}\n{row.group}" for row in rows], fontsize=7)
+    axes.set_xscale("log")
+    axes.set_xlabel(f"{points(rows[0])[0][0]} (mark: target)")
