@@ -16,16 +16,17 @@ from benchmarks.speed_parts.step import training_step
 from benchmarks.speed_parts.suites import AnalysisCase, ShareCase, Suite
 from benchmarks.speed_parts.timing import Measure, Report, Rounds, interleave, local
 from lightning_compressm import compress
-from lightning_compressm.families import find_family
+from lightning_compressm.control import DiagonalLTI, balanced_truncation
+from lightning_compressm.families import Family, find_family
 from lightning_compressm.nn import LRU
 
 NOTES = [
-    "One look at an LRU and its reduction to half the states, infinite horizon, as compress() does "
-    "it: Hankel singular values, projections, new parameters. Textbook: dense Gramians in closed "
-    "form, scipy.linalg.sqrtm, SVD, eigenvectors, solve, without putting the result into a layer. "
-    "How many times longer it takes than ours in the same form.",
+    "An LRU is reduced to half its states, infinite horizon. Look: all that compress() does, on a "
+    "copy: Hankel singular values, the decision, projections, new parameters. BT: the singular "
+    "values and the reduced system alone, by balanced_truncation(). Textbook: the same as BT by "
+    "dense Gramians in closed form, scipy.linalg.sqrtm, SVD, eigenvectors and solve.",
     "Real: of the 2N real states that the outputs depend on, the package's default. Complex: of "
-    "the N complex ones, as published; 'complex textbook / our real' compares the published form "
+    "the N complex ones, as published; 'complex textbook / real look' compares the published form "
     "with the package's default.",
 ]
 CHANNELS, CLASSES = 3, 10
@@ -44,25 +45,32 @@ def run(suite: Suite, threads: int, report: Report) -> list[Section]:
     ]
 
 
-def ours(layer: LRU, balance: textbook.Form) -> None:
+def look_at(layer: LRU, balance: textbook.Form) -> None:
     states = max(1, layer.d_state // 2)
     compress(copy.deepcopy(layer), state_dim=states, balance=balance, horizon=None)
 
 
-def system_of(layer: LRU) -> textbook.System:
-    found = find_family(layer).system(layer).double()  # type: ignore[union-attr]
-    arrays = (t.detach().numpy() for t in (found.eigenvalues, found.B, found.C))
-    return textbook.System(*arrays)
+def system_of(layer: LRU) -> DiagonalLTI:
+    family = find_family(layer)
+    assert isinstance(family, Family)
+    return family.system(layer)
+
+
+def as_arrays(system: DiagonalLTI) -> textbook.System:
+    wide = system.double()
+    return textbook.System(*(t.detach().numpy() for t in (wide.eigenvalues, wide.B, wide.C)))
 
 
 def calls_of(case: AnalysisCase, seed: int) -> dict[str, Callable[[], object]]:
     """Everything that is compared, for one draw of the layer."""
     torch.manual_seed(seed)
     layer = LRU(case.width, case.states)
-    system, half = system_of(layer), max(1, case.states // 2)
+    lti, half = system_of(layer), max(1, case.states // 2)
+    system = as_arrays(lti)
     calls: dict[str, Callable[[], object]] = {
-        "ours, real": partial(ours, layer, "real"),
-        "ours, complex": partial(ours, layer, "complex"),
+        "look, real": partial(look_at, layer, "real"),
+        "look, complex": partial(look_at, layer, "complex"),
+        "BT, real": partial(balanced_truncation, lti, half),
         "textbook, real": partial(textbook.truncate, system, half, "real"),
         "textbook, complex": partial(textbook.truncate, system, half, "complex"),
     }
@@ -88,15 +96,16 @@ def analysis_row(case: AnalysisCase, seeds: int, threads: int, report: Report) -
         return {name: local(call, threads) for name, call in calls_of(case, seed).items()}
 
     found = over_seeds(make, seeds, lambda name: report(f"N={case.states}: {name}"))
-    real, complex_ = found["ours, real"], found["ours, complex"]
+    real, complex_ = found["look, real"], found["look, complex"]
     cells: dict[str, Ratio | str] = {
-        "real: textbook / ours": Ratio.of(found["textbook, real"], real, case.target),
-        "complex: textbook / ours": Ratio.of(found["textbook, complex"], complex_),
-        "complex textbook / our real": Ratio.of(found["textbook, complex"], real),
-        "pyMOR / our real": "too slow here" if not case.pymor else "not installed",
+        "real: textbook / look": Ratio.of(found["textbook, real"], real, case.target),
+        "real: textbook / BT": Ratio.of(found["textbook, real"], found["BT, real"]),
+        "complex: textbook / look": Ratio.of(found["textbook, complex"], complex_),
+        "complex textbook / real look": Ratio.of(found["textbook, complex"], real),
+        "real: pyMOR / look": "not installed" if case.pymor else "left out: slow",
     }
     if "pyMOR, real" in found:
-        cells["pyMOR / our real"] = Ratio.of(found["pyMOR, real"], real)
+        cells["real: pyMOR / look"] = Ratio.of(found["pyMOR, real"], real)
     return Row(f"LRU, H={case.width}", f"N={case.states}", cells, case.states, found)
 
 

@@ -43,17 +43,18 @@ class JaxLayer:
     def __init__(self, python: Path | None, threads: int) -> None:
         self._cpu = threads == 1
         self._folder = tempfile.TemporaryDirectory()
-        self._errors = open(Path(self._folder.name) / "errors", "w+")
+        self._errors = Path(self._folder.name) / "errors"
         self._process: subprocess.Popen[str] | None = None
         try:
-            self._process = subprocess.Popen(
-                [str(python or sys.executable), str(WORKER)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._errors,
-                text=True,
-                env=_environment(threads),
-            )
+            with self._errors.open("w") as errors:  # a pipe that nobody reads would fill up
+                self._process = subprocess.Popen(
+                    [str(python or sys.executable), str(WORKER)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    text=True,
+                    env=_environment(threads),
+                )
             self.version = str(self._answer()["jax"])
         except (OSError, JaxError) as error:
             self.close()
@@ -104,7 +105,6 @@ class JaxLayer:
                 self._process.communicate(timeout=10)  # an end of file ends it
             self._process.kill()
             self._process.wait()
-        self._errors.close()
         self._folder.cleanup()
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -127,8 +127,7 @@ class JaxLayer:
         return answer
 
     def _complaint(self) -> str:
-        self._errors.seek(0)
-        return (self._errors.read().strip() or "no message").splitlines()[-1]
+        return (self._errors.read_text().strip() or "no message").splitlines()[-1]
 
 
 def _environment(threads: int) -> dict[str, str]:

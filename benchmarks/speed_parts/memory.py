@@ -15,8 +15,8 @@ from lightning_compressm.nn._mamba import Mamba2Block, MambaBlock
 
 NOTES = [
     "Bytes of all tensors that the backward pass keeps, every storage counted once and parameters "
-    "not at all, over the bytes of the inputs. That is the peak: nothing is kept after the "
-    "forward pass that was not kept at its end.",
+    "not at all, over the bytes of the inputs. This is at its peak when the forward pass ends; "
+    "buffers that live only within a pass are not counted.",
 ]
 
 
@@ -86,8 +86,8 @@ def rows_of(sizes: str, states: int, found: dict[str, int], inputs: Tensor) -> l
     own = inputs.untyped_storage().nbytes()
     return [
         Row(
-            f"{sizes}, N={states}",
-            name,
+            sizes,
+            f"N={states}, {name}",
             {"/ inputs": Ratio((count / own,))},
             states,
             {"bytes": [count], "bytes of the inputs": [own]},

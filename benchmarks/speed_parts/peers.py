@@ -5,6 +5,7 @@ Each takes an LRU and its inputs and computes what the layer computes; none shar
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -51,16 +52,16 @@ def associative_scan(layer: LRU, inputs: Tensor) -> Tensor:
 
 def forms() -> dict[str, Form | str]:
     """All of them by name; a word of explanation in place of what this PyTorch lacks."""
-    found: dict[str, Form | str] = {
-        "PyTorch, associative_scan": associative_scan,
+    return {
+        "PyTorch, associative_scan": associative_scan if has_scan() else "not in this PyTorch",
         "PyTorch, FFT for each state": convolution,
         "PyTorch, loop over unbound steps": python_loop,
     }
-    try:
-        from torch._higher_order_ops.associative_scan import associative_scan as _
-    except ImportError:
-        found["PyTorch, associative_scan"] = f"not in torch {torch.__version__}"
-    return found
+
+
+def has_scan() -> bool:
+    """Whether this PyTorch has the generic scan, which is a prototype there."""
+    return importlib.util.find_spec("torch._higher_order_ops.associative_scan") is not None
 
 
 def _combine(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,7 @@ def _curves(axes: Any, section: Section) -> None:
         assert row.states is not None
         own_lines = section.part == "analysis"
         for name, ratio in points(row) if own_lines else points(row)[:1]:
-            key = name if own_lines else _family(row)
+            key = name if own_lines else _curve_of(row)
             curves.setdefault(key, []).append((row.states, ratio))
     for index, (name, curve) in enumerate(curves.items()):
         curve.sort(key=lambda point: point[0])
@@ -68,9 +68,10 @@ def _curves(axes: Any, section: Section) -> None:
     axes.legend(fontsize=7)
 
 
-def _family(row: Row) -> str:
-    """What stays the same along a curve: where N is part of the group, the label has the rest."""
-    return f"{row.label}, {row.group.split(', N=')[0]}" if "N=" in row.group else row.group
+def _curve_of(row: Row) -> str:
+    """What stays the same along a curve: the group, and what a label says but for N."""
+    rest = row.label.removeprefix(f"N={row.states}").lstrip(", ")
+    return f"{rest}, {row.group}" if rest else row.group
 
 
 def _bars(axes: Any, section: Section) -> None:

@@ -64,7 +64,7 @@ class Ratio:
             shown = self._number(self.median)
             if len(self.values) > 1:
                 low, high = (self._number(f(self.values)) for f in (min, max))
-                shown += f" ({low.rstrip('x%')} to {high.rstrip('x%')})"
+                shown += f" ({low.rstrip('x%')}-{high.rstrip('x%')})"
         if self.target is not None:
             sign, verdict = ("<" if self.at_most else ">="), ("met" if self.met else "MISSED")
             shown += f"; target {sign} {self._number(self.target)}: {verdict}"
@@ -125,22 +125,22 @@ class Section:
     rows: list[Row]
     notes: list[str] = field(default_factory=list)
 
-    def table(self) -> Table:
-        result = Table(title=f"{self.title} ({_clock(self.threads)})", title_justify="left")
-        headings = list(dict.fromkeys(name for row in self.rows for name in row.cells))
-        result.add_column("")
-        for heading in headings:
-            result.add_column(heading, justify="right")
-        group = None
+    @property
+    def heading(self) -> str:
+        """Title and how it was timed."""
+        if self.part == "memory":
+            return f"{self.title} (CPU)"
+        how = "one thread, processor time"
+        if self.threads > 1:
+            how = f"{self.threads} threads, time on the clock"
+        return f"{self.title} (CPU, {how})"
+
+    def tables(self) -> list[Table]:
+        """One for each group of rows."""
+        groups: dict[str, list[Row]] = {}
         for row in self.rows:
-            if row.group != group:
-                result.add_section()
-                result.add_row(f"[bold]{row.group}[/bold]")
-                group = row.group
-            cells = (row.cells.get(heading, "") for heading in headings)
-            texts = (c.text if isinstance(c, Ratio) else c for c in cells)
-            result.add_row(f"  {row.label}", *texts)
-        return result
+            groups.setdefault(row.group, []).append(row)
+        return [_table(group, rows) for group, rows in groups.items()]
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -163,7 +163,13 @@ def missed(sections: Sequence[Section]) -> list[str]:
     ]
 
 
-def _clock(threads: int) -> str:
-    if threads == 1:
-        return "CPU, one thread, processor time"
-    return f"CPU, {threads} threads, time on the clock"
+def _table(title: str, rows: Sequence[Row]) -> Table:
+    result = Table(title=title, title_justify="left")
+    result.add_column("")
+    headings = list(dict.fromkeys(name for row in rows for name in row.cells))
+    for heading in headings:
+        result.add_column(heading, justify="right")
+    for row in rows:
+        cells = (row.cells.get(heading, "") for heading in headings)
+        result.add_row(row.label, *(c.text if isinstance(c, Ratio) else c for c in cells))
+    return result

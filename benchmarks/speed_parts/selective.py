@@ -21,6 +21,7 @@ from lightning_compressm.nn._mamba import Mamba2Block, MambaBlock
 
 Scan = Callable[..., Any]
 OURS = "ours"
+OUR_SCAN: Scan = selective_scan
 # Work within Mamba-2's chunks does not depend on N: the length of a chunk decides the gain.
 CHUNKS = (64, 256)
 HEADS = 4
@@ -64,8 +65,9 @@ def both_passes(scan: Scan, tensors: dict[str, Any], grad: Tensor) -> Callable[[
 
 def transformers_scan() -> Scan | str:
     """The fallback of transformers' Mamba, or why it is not there."""
-    if importlib.util.find_spec("transformers") is None:
+    if not installed("transformers"):
         return "not installed: pip install transformers"
+    hush_transformers()  # it tells that it takes its slow path, which is what is measured
     module = importlib.import_module("transformers.models.mamba.modeling_mamba")
     scan = getattr(module, "mamba_selective_scan", None)
     if scan is None:
@@ -75,9 +77,17 @@ def transformers_scan() -> Scan | str:
     return original
 
 
+def installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def hush_transformers() -> None:
+    importlib.import_module("transformers.utils.logging").set_verbosity_error()
+
+
 def mamba_ssm_scan(wanted: bool) -> Scan | str:
     """The reference implementation of mamba_ssm, or why it is not there."""
-    if importlib.util.find_spec("mamba_ssm") is None:
+    if not installed("mamba_ssm"):
         return "not installed: see docs/supported.md"
     if not wanted:
         return "left out: --suite full measures it"  # importing it takes longer than all else
@@ -139,15 +149,15 @@ def scan_rows(case: SelectiveCase, suite: Suite, threads: int, report: Report) -
         check(name, scan, tensors)
     measures: dict[str, Measure] = {
         name: local(both_passes(scan, tensors, grad), threads)
-        for name, scan in {OURS: selective_scan, **found}.items()
+        for name, scan in {OURS: OUR_SCAN, **found}.items()
     }
     seconds = interleave(measures, suite.rounds, report)
     dim = 2 * case.width
     group = f"B={case.batch} L={case.length}, {dim} channels, N={case.states[0]}"
     rows = []
-    for name, scan in scans.items():
-        if isinstance(scan, str):
-            rows.append(Row(group, name, {"times ours": scan}))
+    for name, reason in scans.items():
+        if isinstance(reason, str):
+            rows.append(Row(group, name, {"times ours": reason}))
             continue
         raw = {name: seconds[name], OURS: seconds[OURS]}
         ratio = Ratio.of(seconds[name], seconds[OURS])
@@ -158,7 +168,8 @@ def scan_rows(case: SelectiveCase, suite: Suite, threads: int, report: Report) -
 def check(name: str, scan: Scan, tensors: dict[str, Any]) -> None:
     """Raise unless another scan computes what ours does."""
     with torch.no_grad():
-        ours, theirs = (s(*tensors.values()) for s in (selective_scan, scan))
+        ours: Tensor = OUR_SCAN(*tensors.values())
+        theirs: Tensor = scan(*tensors.values())
     if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3):
         raise RuntimeError(
             f"expected {name} to agree with selective_scan, got a difference of "
@@ -172,7 +183,7 @@ def block_rows(case: SelectiveCase, suite: Suite, threads: int, report: Report) 
         "Mamba (the package's block)": lambda n: MambaBlock(case.width, n),
         "Mamba-2 (the package's block)": lambda n: Mamba2Block(case.width, n),
     }
-    if importlib.util.find_spec("transformers") is not None:
+    if installed("transformers"):
         for chunk in CHUNKS:
             makers[f"transformers' Mamba2Mixer, chunks of {chunk}"] = lambda n, c=chunk: (  # type: ignore[misc]
                 MixerOutput(mamba2_mixer(case.width, n, c))

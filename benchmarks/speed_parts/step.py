@@ -25,7 +25,7 @@ NOTES = [
     "'no state' is the same block with D u in place of the layer; for Mamba without the scan and "
     "its projections, D u times the gate. It is the floor: what no reduction can make faster.",
     "LRU and S5 choose the faster of two forms for each N: in chunks of Q steps, or as a scan over "
-    "all steps. The column 'forced scan' shows what that choice gives.",
+    "all steps. The columns with 'scan' show what a scan at every N would give.",
 ]
 
 
@@ -150,21 +150,19 @@ def rows_of(case: StepCase, seconds: dict[str, list[float]]) -> list[Row]:
     rows = []
     for states in case.states:
         chunk, own = chunk_of(case, states), seconds[f"N={states}"]
-        cells: dict[str, Ratio | str] = {
-            "form": "" if case.layer not in CHUNKED else f"Q={chunk}" if chunk else "scan",
-            "/ no state": Ratio.of(own, seconds["no state"]),
-        }
+        cells: dict[str, Ratio | str] = {}
+        if case.layer in CHUNKED:
+            cells["form"] = f"Q={chunk}" if chunk else "scan"
+        cells["/ no state"] = Ratio.of(own, seconds["no state"])
         forced = seconds.get(f"N={states} scan")
         if forced is not None:
-            cells["forced scan / no state"] = Ratio.of(forced, seconds["no state"])
+            cells["scan / no state"] = Ratio.of(forced, seconds["no state"])
         elif case.layer in CHUNKED:
-            cells["forced scan / no state"] = "the same"
+            cells["scan / no state"] = "the same"
         if states != largest:
-            cells["largest N / this N"] = Ratio.of(seconds[f"N={largest}"], own)
-            whole = seconds.get(f"N={largest} scan", seconds[f"N={largest}"])
-            cells["the same, forced scan"] = (
-                Ratio.of(whole, forced or own) if case.layer in CHUNKED else ""
-            )
+            cells["largest N / this"] = Ratio.of(seconds[f"N={largest}"], own)
+        if states != largest and f"N={largest} scan" in seconds:
+            cells["the same, as scans"] = Ratio.of(seconds[f"N={largest} scan"], forced or own)
         raw = {"step": own, "no state": seconds["no state"]}
         raw |= {} if forced is None else {"forced scan": forced}
         rows.append(Row(group, f"N={states}", cells, states, raw))

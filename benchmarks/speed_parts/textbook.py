@@ -74,7 +74,7 @@ def _complex(system: System) -> tuple[Array, ...]:
 def _real(system: System) -> tuple[Array, ...]:
     """Gramians of the real form: from those of x with itself and with its conjugate."""
     lam, B, C = system.eigenvalues, system.B, system.C
-    A, *_, P, Q = _complex(system)
+    *_, P, Q = _complex(system)
     pair = 1 - np.outer(lam, lam)
     M, S = B @ B.T / pair, C.T @ C / pair
     real_p = np.block([[(P + M).real, (M - P).imag], [(P + M).imag, (P - M).real]]) / 2
