@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -34,6 +33,7 @@ from benchmarks.speed_parts.suites import SUITES, Suite
 from benchmarks.speed_parts.timing import Report, limited
 
 WIDTH = 120  # of the tables where there is no terminal
+PARTS = ("step", "layer", "selective", "analysis", "memory")
 Part = Callable[[Suite, int, Report], list[Section]]
 
 
@@ -47,6 +47,7 @@ class Settings:
         output: Results go to this path with .json and .png added.
         jax_python: An interpreter that has JAX; None for this one.
         targets: Fail if a target is missed.
+        parts: What to measure.
     """
 
     suite: str = "full"
@@ -54,23 +55,29 @@ class Settings:
     output: Path = Path("results/speed")
     jax_python: Path | None = None
     targets: bool = False
+    parts: tuple[str, ...] = PARTS
 
 
 def run(suite: Suite, settings: Settings, console: Console) -> list[Section]:
-    """Measure everything and print each table as soon as it is there."""
+    """Measure everything; print each table, and save it, as soon as it is there."""
+    start = elapsed()
 
     def against_peers(suite: Suite, threads: int, report: Report) -> list[Section]:
         return layers.run(suite, threads, report, settings.jax_python)
 
     parts: dict[str, Part] = {
-        "training steps": step.run,
-        "layers": against_peers,
-        "selective layers": selective.run,
+        "step": step.run,
+        "layer": against_peers,
+        "selective": selective.run,
         "analysis": analysis.run,
+        "memory": lambda suite, _, report: memory.run(suite, report),
     }
-    jobs = [(name, part, n) for n in settings.threads for name, part in parts.items()]
-    # Bytes do not depend on threads.
-    jobs.append(("memory", lambda suite, _, report: memory.run(suite, report), 1))
+    jobs = [
+        (name, parts[name], threads)
+        for threads in settings.threads
+        for name in settings.parts
+        if name != "memory" or threads == settings.threads[0]  # bytes do not depend on threads
+    ]
     columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     found: list[Section] = []
     with Progress(*columns, console=console, transient=True) as progress:
@@ -86,6 +93,8 @@ def run(suite: Suite, settings: Settings, console: Console) -> list[Section]:
             for section in sections:
                 show(section, progress.console)
             found += sections
+            # At once: minutes of measurements should not be lost with what comes after them.
+            save(found, settings, start)
             progress.advance(bar)
     return found
 
@@ -112,11 +121,10 @@ def minutes(seconds: dict[str, float]) -> str:
     return f"took {wall:.1f} minutes, {processor:.1f} of them computing"
 
 
-def to_dict(
-    sections: Sequence[Section], settings: Settings, seconds: dict[str, float]
-) -> dict[str, Any]:
-    """Everything that was measured, for JSON."""
-    return {
+def save(sections: Sequence[Section], settings: Settings, start: dict[str, float]) -> Path:
+    """Write everything that was measured so far as JSON."""
+    seconds = {clock: end - start[clock] for clock, end in elapsed().items()}
+    content = {
         "suite": settings.suite,
         "device": "CPU",
         "threads": list(settings.threads),
@@ -125,6 +133,14 @@ def to_dict(
         "targets_missed": missed(sections),
         "sections": [section.to_dict() for section in sections],
     }
+    path = ending(settings.output, ".json")
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return path
+
+
+def ending(path: Path, suffix: str) -> Path:
+    """Add a suffix to the name; `with_suffix` would replace what follows its last dot."""
+    return path.with_name(path.name + suffix)
 
 
 def parse(arguments: Iterable[str] | None = None) -> Settings:
@@ -134,6 +150,9 @@ def parse(arguments: Iterable[str] | None = None) -> Settings:
     )
     parser.add_argument("--suite", choices=list(SUITES), default=default.suite)
     parser.add_argument("--threads", type=int, nargs="+", default=list(default.threads), help="(1)")
+    parser.add_argument(
+        "--parts", choices=PARTS, nargs="+", default=list(PARTS), help="what to measure (all)"
+    )
     parser.add_argument("--out", type=Path, default=default.output, help="(%(default)s)")
     parser.add_argument("--jax-python", type=Path, help="a Python that can import jax (this one)")
     parser.add_argument("--targets", action="store_true", help="fail if a target is missed")
@@ -142,8 +161,15 @@ def parse(arguments: Iterable[str] | None = None) -> Settings:
         parser.error(f"--threads must be at least 1, got {min(options.threads)}")
     if options.targets and options.suite != "full":
         parser.error("--targets belong to the sizes of --suite full; leave one of the two out")
+    if options.targets and {"layer", "analysis"} - set(options.parts):
+        parser.error("--targets are about --parts layer and analysis; measure both")
     return Settings(
-        options.suite, tuple(options.threads), options.out, options.jax_python, options.targets
+        options.suite,
+        tuple(options.threads),
+        options.out,
+        options.jax_python,
+        options.targets,
+        tuple(dict.fromkeys(options.parts)),
     )
 
 
@@ -154,9 +180,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     start = elapsed()
     sections = run(SUITES[settings.suite], settings, console)
     seconds = {clock: end - start[clock] for clock, end in elapsed().items()}
-    # Added to the name, not put in place of what follows its last dot.
-    numbers, picture = (Path(f"{settings.output}{end}") for end in (".json", ".png"))
-    numbers.write_text(json.dumps(to_dict(sections, settings, seconds), indent=1) + "\n")
+    numbers, picture = save(sections, settings, start), ending(settings.output, ".png")
     draw(sections, picture)
     console.print(f"Wrote {numbers} and {picture}; {minutes(seconds)}")
     short = missed(sections)

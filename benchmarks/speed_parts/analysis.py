@@ -134,8 +134,8 @@ def share_row(case: ShareCase, seeds: int, threads: int, report: Report) -> tupl
     group = f"{case.blocks} blocks, N={case.states} H={case.width} L={case.length}"
     label = f"{case.looks} looks in {case.steps} steps of batch {case.batch}"
     notes = [
-        f"Every look is counted at the full size, with a reduction of all blocks to half. A step "
-        f"was measured with batch {case.measured_batch} and EXTRAPOLATED in proportion to batch "
+        f"Looks and steps are counted at the full size, every look with a reduction of all blocks "
+        f"to half. A step was measured with batch {case.measured_batch} and EXTRAPOLATED in proportion to batch "
         f"{case.batch}; the run itself was not made."
     ]
     return Row(group, label, {"analysis / training": share}, seconds=found), notes

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from benchmarks.speed_parts.results import Ratio, Row, Section
 
@@ -16,8 +17,8 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 
 
 def draw(sections: Sequence[Section], path: Path) -> None:
-    """Save a panel for every section that has ratios to show."""
-    shown = [section for section in sections if any(points(row) for row in section.rows)]
+    """Save a panel for every section that has more than one ratio to show."""
+    shown = [s for s in sections if sum(len(points(row)) for row in s.rows) > 1]
     lines = -(-len(shown) // COLUMNS)
     figure = Figure(figsize=(7 * COLUMNS, 5 * max(1, lines)), layout="constrained")
     for index, section in enumerate(shown):
@@ -25,7 +26,7 @@ def draw(sections: Sequence[Section], path: Path) -> None:
         against = all(row.states is not None for row in section.rows)
         (_curves if against else _bars)(axes, section)
         axes.set_title(f"{section.title}, CPU, {section.threads} thread(s)", fontsize=10)
-        axes.grid(alpha=0.3)
+        axes.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=120)
 
 
@@ -38,9 +39,9 @@ def points(row: Row) -> list[tuple[str, Ratio]]:
 def _curves(axes: Any, section: Section) -> None:
     """The first ratio of each row against N, one line a group; of others where they are few."""
     curves: dict[str, list[tuple[int, Ratio]]] = {}
+    own_lines = section.part == "analysis"
     for row in section.rows:
         assert row.states is not None
-        own_lines = section.part == "analysis"
         for name, ratio in points(row) if own_lines else points(row)[:1]:
             key = name if own_lines else _curve_of(row)
             curves.setdefault(key, []).append((row.states, ratio))
@@ -63,9 +64,12 @@ def _curves(axes: Any, section: Section) -> None:
         )
     axes.set_xscale("log")
     axes.set_yscale("log")
+    _plain_numbers(axes.xaxis)
+    _plain_numbers(axes.yaxis)
     axes.set_xlabel("states N")
-    axes.set_ylabel(points(section.rows[0])[0][0] if section.part != "analysis" else "ratio")
-    axes.legend(fontsize=7)
+    heading = points(section.rows[0])[0][0]
+    axes.set_ylabel("ratio" if own_lines else f"this {heading}")
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(0, -0.12))  # below, over no curve
 
 
 def _curve_of(row: Row) -> str:
@@ -79,9 +83,19 @@ def _bars(axes: Any, section: Section) -> None:
     for place, row in enumerate(rows):
         ratio = points(row)[0][1]
         spread = [[ratio.median - min(ratio.values)], [max(ratio.values) - ratio.median]]
-        axes.barh(place, ratio.median, xerr=spread, capsize=3, color=COLORS[0])
+        # Points, not bars: on a logarithmic scale the length of a bar says nothing.
+        axes.errorbar([ratio.median], [place], xerr=spread, fmt="o", capsize=3, color=COLORS[0])
         if ratio.target is not None:
             axes.plot([ratio.target] * 2, [place - 0.4, place + 0.4], color=COLORS[1], lw=2)
     axes.set_yticks(range(len(rows)), [f"{row.label}\n{row.group}" for row in rows], fontsize=7)
     axes.set_xscale("log")
-    axes.set_xlabel(f"{points(rows[0])[0][0]} (mark: target)")
+    axes.set_xlim(min(1, axes.get_xlim()[0]))
+    _plain_numbers(axes.xaxis)
+    axes.set_xlabel(f"{points(rows[0])[0][0]} (bar: target)")
+
+
+def _plain_numbers(axis: Any) -> None:
+    """Label 1, 2, 5, 10, ... as such, not as powers of ten."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())

@@ -116,6 +116,9 @@ def test_command_line(tmp_path: Path) -> None:
     assert speed.parse(["--threads", "1", "2"]).threads == (1, 2)
     with pytest.raises(SystemExit):
         speed.parse(["--threads", "0"])
+    assert speed.parse(["--parts", "step", "step"]).parts == ("step",)
+    with pytest.raises(SystemExit):
+        speed.parse(["--targets", "--parts", "layer"])
     with pytest.raises(SystemExit):  # targets are about the full sizes
         speed.parse(["--suite", "quick", "--targets"])
 
