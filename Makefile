@@ -29,7 +29,7 @@ endef
 MARKS := $(if $(filter true 1,$(CI)),,-m "not slow")
 ARGS ?=
 
-.PHONY: help install demo test test-all lint format docs table clean distclean
+.PHONY: help install demo speed test test-all lint format docs table clean distclean
 
 help:  ## Show the targets
 	@echo "make TARGET [PYTHON=/path/to/python] [ARGS=\"more arguments\"]"
@@ -45,6 +45,9 @@ install: $(READY)  ## Make .venv with everything that tests, docs and demo need
 
 demo: $(READY)  ## Train the digits classifier full, compressed and small; print the table
 	$(PY) -m benchmarks.demo $(ARGS)
+
+speed: $(READY)  ## Measure all figures about speed and memory (ARGS="--suite quick" for a look)
+	$(PY) -m benchmarks.speed $(ARGS)
 
 test: $(READY)  ## Unit tests and doctests (CI=true: the slow ones as well)
 	$(PY) -m pytest $(MARKS) $(ARGS)
