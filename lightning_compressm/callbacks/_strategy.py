@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import (
@@ -250,15 +250,23 @@ def _rewrap(strategy: Strategy) -> None:
     try:
         strategy.model = strategy.lightning_module
         strategy._pl_static_graph_delay_done = False
-        for name in ("error_dict", "p_memory_dict", "q_memory_dict"):  # PowerSGD
-            if hasattr(strategy._ddp_comm_state, name):
-                getattr(strategy._ddp_comm_state, name).clear()
+        _forget_compression(strategy._ddp_comm_state)
         strategy.configure_ddp()
     except BaseException:
         strategy.model = wrapped
         raise
     del wrapped
     gc.collect()  # the old reducer's hooks on parameters that stayed must go now
+
+
+def _forget_compression(state: Any) -> None:
+    """PowerSGD's factors and remainders have the shapes of buckets that no longer exist."""
+    if not hasattr(state, "error_dict"):
+        return
+    for memory in (state.error_dict, state.p_memory_dict, state.q_memory_dict):
+        memory.clear()
+    # DDP builds its buckets twice, so the first exchanges must not be compressed yet.
+    state.iter = min(state.iter, max(0, state.start_powerSGD_iter - 2))
 
 
 def _name(callback: Callback) -> str:
