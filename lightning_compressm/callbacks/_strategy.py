@@ -29,6 +29,8 @@ __all__ = [
 
 T = TypeVar("T")
 
+_POWER_SGD = ("error_dict", "p_memory_dict", "q_memory_dict", "iter")
+
 
 class Ranks(Processes):
     """The processes of a Trainer's strategy, kept in step whatever fails in one of them.
@@ -208,25 +210,33 @@ def _rewrap(strategy: DDPStrategy) -> None:
     """DDP buckets the parameters it saw at construction; give it the new ones."""
     strategy.model = strategy.lightning_module
     strategy._pl_static_graph_delay_done = False
-    for state in _power_sgd_states(strategy):
-        state.clear()
+    _forget_compression(strategy._ddp_comm_state)
     strategy.configure_ddp()
+
+
+def _forget_compression(state: Any) -> None:
+    """PowerSGD's factors and remainders have the shapes of buckets that no longer exist."""
+    if not hasattr(state, "error_dict"):
+        return
+    for memory in (state.error_dict, state.p_memory_dict, state.q_memory_dict):
+        memory.clear()
+    # DDP builds its buckets twice, so the first exchanges must not be compressed yet.
+    state.iter = min(state.iter, max(0, state.start_powerSGD_iter - 2))
 
 
 def _wrapper_restorer(strategy: DDPStrategy) -> Callable[[], None]:
     wrapped, delayed = strategy.model, strategy._pl_static_graph_delay_done
-    contents = [(state, dict(state)) for state in _power_sgd_states(strategy)]
+    compression: Any = strategy._ddp_comm_state
+    kept = {n: getattr(compression, n) for n in _POWER_SGD if hasattr(compression, n)}
+    contents = {n: dict(memory) for n, memory in kept.items() if isinstance(memory, dict)}
 
     def restore() -> None:
         strategy.model = wrapped
         strategy._pl_static_graph_delay_done = delayed
-        for state, content in contents:
-            state.update(content)
+        for name, value in kept.items():
+            if name in contents:
+                value.update(contents[name])
+            else:
+                setattr(compression, name, value)
 
     return restore
-
-
-def _power_sgd_states(strategy: DDPStrategy) -> list[dict[Any, Any]]:
-    names = ("error_dict", "p_memory_dict", "q_memory_dict")
-    states = (getattr(strategy._ddp_comm_state, name, None) for name in names)
-    return [state for state in states if state is not None]

@@ -42,7 +42,7 @@ def _load(out: Path, case: str, rank: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("ddp")
-    _launch(out, *CASES)
+    _launch(out, *CASES, "adamw/power_sgd")
     return out
 
 
@@ -63,6 +63,18 @@ def test_ranks_agree_with_each_other_and_with_one_process(
         assert torch.equal(value, second["state_dict"][name]), f"{name} differs between ranks"
         assert value.dtype == torch.float64
         torch.testing.assert_close(value, single["state_dict"][name], rtol=1e-6, atol=1e-6)
+
+
+def test_compressed_gradients_start_anew_after_a_reduction(results: Path) -> None:
+    """PowerSGD keeps remainders and factors in the shapes of the buckets."""
+    first, second = (_load(results, "adamw/power_sgd", rank) for rank in (0, 1))
+    steps = [event["step"] for event in first["history"] if event["action"] == "reduce"]
+    assert first["exchanges"] == len(first["losses"]) - max(steps)
+    assert first["compressed"] == 1  # one bucket
+    assert first["d_state"] == second["d_state"] < 24
+    for name, value in first["state_dict"].items():
+        assert torch.equal(value, second["state_dict"][name]), f"{name} differs between ranks"
+    assert sum(first["losses"][-6:]) < sum(first["losses"][:6])
 
 
 def test_failure_on_one_rank_stops_all_and_changes_nothing(tmp_path: Path) -> None:
