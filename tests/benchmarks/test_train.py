@@ -154,6 +154,8 @@ def test_two_steps_of_a_twin(name: str, tmp_path: Path) -> None:
     assert all(kept < d_state for kept in callback.state_dims.values())
     assert cli.trainer.callback_metrics["val_loss"].isfinite()
     (last,) = tmp_path.rglob("last.ckpt")
+    assert torch.load(last, weights_only=True)["global_step"] == 2
+    assert len(list(tmp_path.rglob("best.ckpt"))) == 1
     fresh = build(f"cpu/{name}.yaml").model
     load_compressed(fresh, last)
     kept = {layer: ssm.state_dim for layer, ssm in find_ssm_layers(fresh).items()}
