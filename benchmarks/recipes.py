@@ -138,7 +138,7 @@ TASKS: dict[str, Task] = {
         ),
         cpu=Size(
             data=("GeneratedListOpsDataModule", {"batch_size": 32}),
-            sizes=(32, 64, 2), steps=1500, lr=4e-3, validate=250, every=50, window=(0, 150),
+            sizes=(32, 64, 2), steps=1600, lr=4e-3, validate=250, every=40, window=(0, 160),
         ),
     ),
     "imdb": Task(
