@@ -138,7 +138,7 @@ TASKS: dict[str, Task] = {
         ),
         cpu=Size(
             data=("GeneratedListOpsDataModule", {"batch_size": 32}),
-            sizes=(32, 64, 2), steps=1500, lr=4e-3, validate=250, every=50, window=(0, 150),
+            sizes=(32, 64, 2), steps=1600, lr=4e-3, validate=250, every=40, window=(0, 160),
         ),
     ),
     "imdb": Task(
@@ -341,11 +341,14 @@ def _mamba(recall: Recall, states: int | None, scale: Scale, stem: str) -> Optio
 def _trainer(
     steps: int, validate: int, compression: Options | None, scale: Scale, stem: str
 ) -> Options:
+    # With save_last alone, Lightning writes the last state only when it is the best one, too.
+    kept = ({"monitor": "val_acc", "mode": "max", "filename": "best"}, {"filename": "last"})
     callbacks: list[Options] = [
         {
             "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-            "init_args": {"monitor": "val_acc", "mode": "max", "save_last": True},
+            "init_args": {**which, "enable_version_counter": False},
         }
+        for which in kept
     ]
     if compression:
         # The last one, so that --trainer.callbacks.tolerance on the command line means it.

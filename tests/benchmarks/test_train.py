@@ -57,12 +57,15 @@ def build(name: str, *options: str) -> Any:
     return main(["--config", str(FOLDER / name), *options], run=False)
 
 
-def fit(name: str, folder: Path, *, max_steps: int, **compression: object) -> Any:
+def fit(
+    name: str, folder: Path, *, max_steps: int, ckpt_path: Path | None = None, **compression: object
+) -> Any:
     """A few steps, each validated; the last callback of the list is the one that compresses."""
     trainer = {"max_steps": max_steps, "val_check_interval": 1, "limit_val_batches": 1}
     options = [f"--trainer.{key}={value}" for key, value in trainer.items()]
     options += [f"--trainer.callbacks.{key}={value}" for key, value in compression.items()]
     options += [f"--trainer.default_root_dir={folder}", *QUIET]
+    options += [f"--ckpt_path={ckpt_path}"] if ckpt_path else []
     return main(["fit", "--config", str(FOLDER / name), *options])
 
 
@@ -154,6 +157,8 @@ def test_two_steps_of_a_twin(name: str, tmp_path: Path) -> None:
     assert all(kept < d_state for kept in callback.state_dims.values())
     assert cli.trainer.callback_metrics["val_loss"].isfinite()
     (last,) = tmp_path.rglob("last.ckpt")
+    assert torch.load(last, weights_only=True)["global_step"] == 2
+    assert len(list(tmp_path.rglob("best.ckpt"))) == 1
     fresh = build(f"cpu/{name}.yaml").model
     load_compressed(fresh, last)
     kept = {layer: ssm.state_dim for layer, ssm in find_ssm_layers(fresh).items()}
@@ -207,3 +212,20 @@ def test_a_constant_rate() -> None:
         SequenceClassifier(1, 2, d_model=4, d_state=4), 2, lr=0.1, schedule="constant"
     )
     assert isinstance(module.configure_optimizers(), torch.optim.AdamW)
+
+
+@pytest.mark.slow
+def test_a_compressed_run_goes_on_and_is_tested(tmp_path: Path) -> None:
+    name = "cpu/smnist_tau0.02.yaml"
+    compression = {"window": "[0, 1]", "every_n_steps": 1, "tolerance": 0.3}
+    first = fit(name, tmp_path / "first", max_steps=2, **compression)
+    (last,) = (tmp_path / "first").rglob("last.ckpt")
+    second = fit(name, tmp_path / "second", max_steps=4, ckpt_path=last, **compression)
+    assert second.trainer.global_step == 4
+    kept = [{n: x.state_dim for n, x in find_ssm_layers(c.model).items()} for c in (first, second)]
+    assert kept[0] == kept[1]
+    (last,) = (tmp_path / "second").rglob("last.ckpt")
+    options = [f"--ckpt_path={last}", f"--trainer.default_root_dir={tmp_path}", *QUIET]
+    tested = main(["test", "--config", str(FOLDER / name), *options])
+    assert 0 <= tested.trainer.callback_metrics["test_acc"] <= 1
+    assert {n: x.state_dim for n, x in find_ssm_layers(tested.model).items()} == kept[0]
