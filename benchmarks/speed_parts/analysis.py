@@ -134,7 +134,7 @@ def share_row(case: ShareCase, seeds: int, threads: int, report: Report) -> tupl
     group = f"{case.blocks} blocks, N={case.states} H={case.width} L={case.length}"
     label = f"{case.looks} looks in {case.steps} steps of batch {case.batch}"
     notes = [
-        f"Looks and steps are counted at the full size, every look with a reduction of all blocks "
+        "Looks and steps are counted at the full size, every look with a reduction of all blocks "
         f"to half. A step was measured with batch {case.measured_batch} and EXTRAPOLATED in "
         f"proportion to batch {case.batch}; the run itself was not made."
     ]

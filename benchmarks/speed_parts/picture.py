@@ -20,7 +20,7 @@ def draw(sections: Sequence[Section], path: Path) -> None:
     """Save a panel for every section that has more than one ratio to show."""
     shown = [s for s in sections if sum(len(points(row)) for row in s.rows) > 1]
     lines = -(-len(shown) // COLUMNS)
-    figure = Figure(figsize=(7 * COLUMNS, 5 * max(1, lines)), layout="constrained")
+    figure = Figure(figsize=(9 * COLUMNS, 4.5 * max(1, lines)), layout="constrained")
     for index, section in enumerate(shown):
         axes = figure.add_subplot(lines, COLUMNS, index + 1)
         against = all(row.states is not None for row in section.rows)
@@ -69,7 +69,7 @@ def _curves(axes: Any, section: Section) -> None:
     axes.set_xlabel("states N")
     heading = points(section.rows[0])[0][0]
     axes.set_ylabel("ratio" if own_lines else f"this {heading}")
-    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(0, -0.12))  # below, over no curve
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))  # over no curve
 
 
 def _curve_of(row: Row) -> str:
