@@ -68,7 +68,7 @@ docs: $(READY)  ## Build the site into docs/_build/html; a warning is an error
 	$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
-table: $(READY)  ## Write the table of supported layers into README and docs
+table: $(READY)  ## Write the generated tables into README and docs
 	$(PY) -m docs.table
 
 clean:  ## Remove what builds, tests and runs leave behind (not .venv)

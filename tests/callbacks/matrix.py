@@ -52,8 +52,6 @@ AXES: dict[str, tuple[str, ...]] = {
         "torch.compile, child",
     ),
 }
-# Not yet: averaged copies keep their old shape, so both callbacks are refused.
-AVERAGED_READY = True
 AVERAGES = ("EMAWeightAveraging", "StochasticWeightAveraging")
 
 # A spawned process differs from others in how it gets its objects, not in what it then does with
@@ -143,7 +141,6 @@ def _is_heavy(cell: Cell) -> bool:
 
 
 __all__ = [
-    "AVERAGED_READY",
     "AVERAGES",
     "AXES",
     "averaged_cells",

@@ -9,16 +9,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch import strategies
 from lightning.pytorch.callbacks import (
     Callback,
     GradientAccumulationScheduler,
     ModelPruning,
-    StochasticWeightAveraging,
-    WeightAveraging,
 )
 from lightning.pytorch.strategies import (
     DDPStrategy,
-    FSDPStrategy,
     ModelParallelStrategy,
     SingleDeviceStrategy,
 )
@@ -32,7 +30,6 @@ from lightning_compressm.nn._mamba import MambaBlock
 
 from ..families.layers import PortedLRU
 from .helpers import Classifier, loader, trainer
-from .matrix import AVERAGED_READY
 
 Settings = dict[str, Any]
 
@@ -48,7 +45,7 @@ class DeepSpeedStrategy(SingleDeviceStrategy):
     """By this name it is refused; the real one needs its package to be constructed."""
 
 
-class Fsdp(FSDPStrategy):
+class FSDPStrategy(strategies.FSDPStrategy):
     """Lightning itself refuses to construct a Trainer with the plain one on a CPU."""
 
 
@@ -146,7 +143,11 @@ def _strategy(make: Callable[[], Any]) -> Callable[[], Settings]:
 
 
 REFUSED = [
-    Refused("`FSDPStrategy`", "Fsdp is not supported; expected a single", settings=_strategy(Fsdp)),
+    Refused(
+        "`FSDPStrategy`",
+        "FSDPStrategy is not supported; expected a single",
+        settings=_strategy(FSDPStrategy),
+    ),
     Refused(
         "`ModelParallelStrategy`",
         "ModelParallelStrategy is not supported",
@@ -243,17 +244,3 @@ REFUSED = [
         model=lambda: changed(_share_one),
     ),
 ]
-
-AVERAGES_REFUSED = [
-    Refused(
-        f"`{name}`",
-        f"the callback {name} is not supported together with a reduction yet",
-        callbacks=make,
-    )
-    for name, make in {
-        "WeightAveraging": lambda model: [WeightAveraging()],
-        "StochasticWeightAveraging": lambda model: [StochasticWeightAveraging(1e-3)],
-    }.items()
-]
-if not AVERAGED_READY:
-    REFUSED += AVERAGES_REFUSED

@@ -101,6 +101,17 @@ def test_two_processes(cell: Cell, launched: Callable[[Cell], Path], tmp_path: P
         assert main["found"] == _load(out)["found"]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(HEAVY)
+@pytest.mark.parametrize("cell", matrix.averaged_cells(), ids=key)
+def test_averaged(cell: Cell, launched: Callable[[Cell], Path], tmp_path: Path) -> None:
+    """Their copies of the weights are carried through the reduction."""
+    if matrix.processes(cell) == 1:
+        test_one_process(cell, tmp_path)
+    else:
+        test_two_processes(cell, launched, tmp_path)
+
+
 # -- the cells themselves ----------------------------------------------------------------------
 
 

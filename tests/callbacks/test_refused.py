@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelPruning
+from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_compressm import CompreSSMCallback, errors
 from lightning_compressm.nn._mamba import MambaBlock
+from lightning_compressm.surgery.loading import install_resize_hooks
 
+from ..families.layers import PortedLRU
 from .helpers import Classifier, Plain, loader, trainer
-from .refused import REFUSED, Refused
+from .refused import REFUSED, Model, Refused, changed
 
 
 @pytest.mark.parametrize("refused", REFUSED, ids=lambda refused: refused.what)
@@ -26,6 +29,19 @@ def test_refused_before_the_first_step(refused: Refused, tmp_path: Path) -> None
     assert not model.losses
     for name, value in model.state_dict().items():
         assert value.shape == untouched[name].shape
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_weights_must_find_their_way_back_to_the_main_process(method: str, tmp_path: Path) -> None:
+    """Which runs no callback, so that nothing but the model itself can take smaller layers."""
+    strategy = DDPStrategy(process_group_backend="gloo", start_method=method)  # type: ignore[arg-type]
+    fit = trainer(tmp_path, strategy=strategy, devices=2)
+    foreign = changed(lambda net: setattr(net, "first", PortedLRU(4, 4, 8)))
+    with pytest.raises(errors.UnsupportedStrategyError, match=r"'net\.first' can't load.*install"):
+        CompreSSMCallback().setup(fit, foreign, "fit")
+    install_resize_hooks(foreign)
+    for model in (foreign, Model()):
+        CompreSSMCallback().setup(fit, model, "fit")
 
 
 def test_pruning_is_fine_where_the_ssm_layers_have_nothing_to_prune(tmp_path: Path) -> None:
