@@ -43,9 +43,10 @@ def matrix_table() -> str:
 
 def obstacle_table() -> str:
     """What can't be combined, and why."""
-    from tests.callbacks.matrix import AXES, obstacle
+    from tests.callbacks.matrix import AVERAGES, AXES, obstacle
 
-    values = [(axis, value) for axis in AXES for value in AXES[axis]]
+    axes = {**AXES, "around": AXES["around"] + AVERAGES}
+    values = [(axis, value) for axis in axes for value in axes[axis]]
     known: dict[frozenset[tuple[str, str]], str] = {}
     for size in (2, 3):
         for chosen in combinations(values, size):
