@@ -92,8 +92,8 @@ class Figures:
         self.problems += [f"{where}{what} outlived its swap" for what in watch.leaks]
 
 
-def run(setting: Setting, figures: Figures, devices: int, *callbacks: pl.Callback) -> None:
-    """Train once, and note what happened; `callbacks` come before the watch."""
+def run(setting: Setting, figures: Figures, devices: int, spoil: str | None = None) -> None:
+    """Train once, and note what happened."""
     model = Regression(setting)
     callback = CompreSSMCallback(
         window=(0, setting.steps),
@@ -108,7 +108,7 @@ def run(setting: Setting, figures: Figures, devices: int, *callbacks: pl.Callbac
     fit = trainer(
         tempfile.gettempdir(),
         callback,
-        *callbacks,
+        *([Spoil(spoil)] if spoil else []),
         watch,
         max_epochs=-1,
         max_steps=setting.steps,
@@ -123,7 +123,7 @@ def run(setting: Setting, figures: Figures, devices: int, *callbacks: pl.Callbac
         figures.problems.append(f"run {setting.number}: a loss was not finite")
     remains = {"the module": weakref.ref(model), "the wrapper": weakref.ref(fit.strategy.model)}
     # Lightning ties callbacks to the module by their `log`.
-    del model, callback, callbacks, watch, fit, strategy
+    del model, callback, watch, fit, strategy
     gc.collect()
     alive = [name for name, reference in remains.items() if reference() is not None]
     figures.problems += [f"run {setting.number}: {name} outlived its run" for name in alive]
@@ -164,9 +164,8 @@ def soak(arguments: argparse.Namespace) -> Figures:
 def one_run(setting: Setting, figures: Figures, arguments: argparse.Namespace) -> None:
     """Train once as `arguments` say, and see what is left in memory."""
     began, before = time.perf_counter(), figures.reductions
-    spoil = [Spoil(arguments.spoil)] if arguments.spoil else []
     try:
-        run(setting, figures, arguments.devices, *spoil)
+        run(setting, figures, arguments.devices, arguments.spoil)
     except BaseException:
         print(f"failed: {setting}", file=sys.stderr)
         raise
