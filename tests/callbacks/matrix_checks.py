@@ -124,7 +124,9 @@ def check_around(cell: Cell, result: Result, out: Path) -> None:
     if around == "LearningRateMonitor":
         with next((out / "csv").rglob("metrics.csv")).open() as file:
             rows = list(csv.DictReader(file))
-        columns = [name for name in rows[0] if name.startswith("lr-") and "/" not in name]
+        # With several parameter groups their names end in /pg1, /pg2, ...
+        others = ("-momentum", "-weight_decay")
+        columns = [n for n in rows[0] if n.startswith("lr-") and not n.endswith(others)]
         for column in columns:
             logged = [float(row[column]) for row in rows if row[column]]
             # The monitor logs what a batch starts with, the rates are those that it leaves.
