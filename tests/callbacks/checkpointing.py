@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import (
     LBFGS,
@@ -24,7 +23,7 @@ from torch.optim import (
 
 from lightning_compressm import CompreSSMCallback
 
-from .helpers import Classifier, StatefulLoader, loader, trainer
+from .helpers import Classifier, StatefulLoader, loader, same, trainer
 
 EPOCHS = 4
 SETTINGS: dict[str, Any] = {"tolerance": 0.2, "window": (0.0, 0.6), "verbose": False}
@@ -124,14 +123,3 @@ class Run:
 
 def undated(callback: CompreSSMCallback) -> list[dict[str, Any]]:
     return [{**event, "seconds": 0} for event in callback.history]
-
-
-def same(a: Any, b: Any) -> bool:
-    """Equal to the bit, tensors included."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)

@@ -26,7 +26,7 @@ from lightning_compressm import CompreSSMCallback, proposal
 from lightning_compressm.nn._mamba import MambaBlock
 
 from .faults import EXCHANGE, FAULTS, REWRAP, Injection, armed
-from .helpers import BATCHES, Classifier, loader, trainer
+from .helpers import BATCHES, Classifier, loader, same, trainer
 
 BY_NAME = {fault.name: fault for fault in (*FAULTS, *REWRAP, *EXCHANGE)}
 
@@ -123,7 +123,7 @@ class Watch(pl.Callback):
             return
         self.waited = time.monotonic() - self.started
         now = self._state(trainer, pl_module)
-        self.untouched = {key: _same(now[key], self.before[key]) for key in now}
+        self.untouched = {key: same(now[key], self.before[key]) for key in now}
         if pl_module.automatic_optimization and self.train_on:
             self._train_on(trainer, pl_module)
 
@@ -153,16 +153,6 @@ class Watch(pl.Callback):
 
 def _has_states(module: torch.nn.Module) -> bool:
     return hasattr(module, "d_state")
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return bool(a == b)
 
 
 def run(

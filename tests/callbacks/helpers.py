@@ -139,6 +139,17 @@ def trainer(tmp: Path | str, *callbacks: pl.Callback, **kwargs: Any) -> pl.Train
     return pl.Trainer(**(settings | kwargs))
 
 
+def same(a: Any, b: Any) -> bool:
+    """Whether nested states are equal, to the bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
 def quiet() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")

@@ -18,8 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from lightning_compressm import CompreSSMCallback
 
-from .helpers import BATCHES, Classifier, Plain, StatefulLoader, loader, trainer
-from .test_rollback import same
+from .helpers import BATCHES, Classifier, Plain, StatefulLoader, loader, same, trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch"),

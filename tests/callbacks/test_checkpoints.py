@@ -20,8 +20,8 @@ from lightning_compressm.nn._mamba import MambaBlock
 from lightning_compressm.surgery.loading import install_resize_hooks
 from tests.families.layers import PortedLRU
 
-from .checkpointing import EPOCHS, SETTINGS, Run, make, same
-from .helpers import BATCHES, Classifier, Plain, StatefulLoader, loader, trainer
+from .checkpointing import EPOCHS, SETTINGS, Run, make
+from .helpers import BATCHES, Classifier, Plain, StatefulLoader, loader, same, trainer
 from .selective_models import Recall
 
 

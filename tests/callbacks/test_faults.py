@@ -14,9 +14,9 @@ import torch
 
 from lightning_compressm import CompreSSMCallback
 
-from .fault_worker import SETUPS, _same, run
+from .fault_worker import SETUPS, run
 from .faults import BREAKING, FAULTS, LINEAR, REWRAP, WHERE, Fault, Injection, Where, fits
-from .helpers import BATCHES, Classifier, loader, trainer
+from .helpers import BATCHES, Classifier, loader, same, trainer
 from .processes import ROOT, start_pair, wait
 
 CASES = [(fault, where) for where in WHERE for fault in FAULTS if fits(fault, where)]
@@ -55,8 +55,8 @@ def _check(fault: Fault, here: dict[str, Any], setup: tuple[dict[str, Any], dict
         assert here["history"][1] == undisturbed["history"][1]
         return
     assert here["losses"] == compared["losses"]
-    assert _same(here["state_dict"], compared["state_dict"])
-    assert _same(here["optimizer"], compared["optimizer"])
+    assert same(here["state_dict"], compared["state_dict"])
+    assert same(here["optimizer"], compared["optimizer"])
 
 
 def _warned(result: dict[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_compressm import CompreSSMCallback, load_compressed
 
-from .helpers import BATCHES, Classifier, StatefulLoader, loader, trainer
+from .helpers import BATCHES, Classifier, StatefulLoader, loader, same, trainer
 from .resume_worker import SETTINGS
 
 EPOCHS = 6
@@ -51,16 +51,6 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
     return Uninterrupted(tmp_path_factory.mktemp("run"))
 
 
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return bool(a == b)
-
-
 def test_the_run_was_reduced_twice_or_more(uninterrupted: Uninterrupted) -> None:
     reduced = {e["step"] for e in uninterrupted.callback.history if e["action"] == "reduce"}
     assert {BATCHES, 2 * BATCHES} <= reduced
@@ -86,8 +76,8 @@ def test_resume_is_bitwise_equal(
     path = uninterrupted.checkpoint(kind, step)
     fit.fit(model, StatefulLoader(), loader(1), ckpt_path=path)
     assert model.losses == uninterrupted.model.losses[step:]
-    assert _same(model.state_dict(), uninterrupted.model.state_dict())
-    assert _same(fit.optimizers[0].state_dict(), uninterrupted.optimizer)
+    assert same(model.state_dict(), uninterrupted.model.state_dict())
+    assert same(fit.optimizers[0].state_dict(), uninterrupted.optimizer)
     strip = [{**e, "seconds": 0} for e in callback.history]
     assert strip == [{**e, "seconds": 0} for e in uninterrupted.callback.history]
 
@@ -110,8 +100,8 @@ def test_resume_in_a_fresh_process(uninterrupted: Uninterrupted, tmp_path: Path)
     assert done.returncode == 0, done.stderr[-3000:]
     fresh = torch.load(tmp_path / "out.pt", weights_only=True)
     assert fresh["losses"] == uninterrupted.model.losses[step:]
-    assert _same(fresh["state_dict"], uninterrupted.model.state_dict())
-    assert _same(fresh["optimizer"], uninterrupted.optimizer)
+    assert same(fresh["state_dict"], uninterrupted.model.state_dict())
+    assert same(fresh["optimizer"], uninterrupted.optimizer)
 
 
 def test_longer_resume_does_not_move_the_window(
@@ -137,16 +127,16 @@ def test_evaluation_from_a_reduced_checkpoint(
     model = Evaluated("adamw")
     run = getattr(trainer(tmp_path, CompreSSMCallback(**SETTINGS)), stage)
     run(model, loader(1), ckpt_path=uninterrupted.checkpoint("epoch", EPOCHS * BATCHES))
-    assert _same(model.state_dict(), uninterrupted.model.state_dict())
+    assert same(model.state_dict(), uninterrupted.model.state_dict())
 
 
 def test_load_from_checkpoint_and_load_compressed(uninterrupted: Uninterrupted) -> None:
     path = uninterrupted.checkpoint("epoch", EPOCHS * BATCHES)
     loaded = Classifier.load_from_checkpoint(path)
-    assert _same(loaded.state_dict(), uninterrupted.model.state_dict())
+    assert same(loaded.state_dict(), uninterrupted.model.state_dict())
     ours = load_compressed(Classifier("adamw"), path)
     assert ours.net.first.d_state == uninterrupted.model.net.first.d_state
-    assert _same(ours.state_dict(), uninterrupted.model.state_dict())
+    assert same(ours.state_dict(), uninterrupted.model.state_dict())
 
 
 def test_checkpoint_is_plain_data(uninterrupted: Uninterrupted) -> None:

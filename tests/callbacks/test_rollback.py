@@ -15,7 +15,7 @@ from torch import nn
 from lightning_compressm import CompreSSMCallback
 from lightning_compressm.errors import CheckpointError
 
-from .helpers import BATCHES, Classifier, StatefulLoader, loader, trainer
+from .helpers import BATCHES, Classifier, StatefulLoader, loader, same, trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:CompreSSMCallback took the last reduction back"),
@@ -73,16 +73,6 @@ def capture(trainer: Any, pl_module: Any) -> dict[str, Any]:
         "model": deepcopy(pl_module.state_dict()),
         "optimizer": deepcopy(trainer.optimizers[0].state_dict()["state"]),
     }
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "adamw_fused", "lbfgs"])

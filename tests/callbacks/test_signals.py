@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from .fault_worker import _same, run
+from .fault_worker import run
 from .faults import LINEAR, REWRAP, SELECTIVE, SWAP, Fault
-from .helpers import BATCHES
+from .helpers import BATCHES, same
 from .processes import start, start_pair, wait
 from .signal_worker import EPOCHS, train
 
@@ -146,4 +146,4 @@ def test_a_run_that_was_ended_resumes_bitwise(
     assert len(whole["losses"]) == EPOCHS * BATCHES
     assert resumed["losses"] == whole["losses"][epochs * BATCHES :]
     for part in ("state_dict", "optimizer", "history"):
-        assert _same(resumed[part], whole[part]), part
+        assert same(resumed[part], whole[part]), part
