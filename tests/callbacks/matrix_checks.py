@@ -122,18 +122,20 @@ def check_around(cell: Cell, result: Result, out: Path) -> None:
             weight = result["state_dict"][f"net.{name}.weight"]
             assert (weight == 0).double().mean() >= 0.25
     if around == "LearningRateMonitor":
-        with next((out / "csv").rglob("metrics.csv")).open() as file:
-            rows = list(csv.DictReader(file))
-        # With several parameter groups their names end in /pg1, /pg2, ...
-        others = ("-momentum", "-weight_decay")
-        columns = [n for n in rows[0] if n.startswith("lr-") and not n.endswith(others)]
-        for column in columns:
-            logged = [float(row[column]) for row in rows if row[column]]
-            # The monitor logs what a batch starts with, the rates are those that it leaves.
-            left = [list(rates)[: len(logged) - 1] for rates in zip(*result["rates"], strict=True)]
-            assert logged[1:] in left, column
-            assert len(logged) >= len(result["rates"]) // 2
-        assert columns
+        _check_logged_rates(result, out)
+
+
+def _check_logged_rates(result: Result, out: Path) -> None:
+    """Each column holds, step by step, the rates of one parameter group."""
+    with next((out / "csv").rglob("metrics.csv")).open() as file:
+        rows = list(csv.DictReader(file))
+    columns = [name for name in rows[0] if name.startswith("lr-")]
+    groups = list(zip(*result["rates"], strict=True))
+    assert len(columns) == len(groups)
+    for column in columns:
+        logged = [(int(row["step"]), float(row[column])) for row in rows if row[column]]
+        assert {step for step, _ in logged} == set(result["batches"])
+        assert any(set(logged) <= set(zip(result["batches"], g, strict=False)) for g in groups)
 
 
 def _check_checkpoints(cell: Cell, result: Result, out: Path) -> None:

@@ -31,6 +31,7 @@ class Watch(Callback):
         self.out = out
         self.losses: list[float] = []
         self.rates: list[list[float]] = []
+        self.batches: list[int] = []  # the step that loggers say
         self.moved: list[dict[str, bool]] = []
         self.owned: list[dict[str, int]] = []
         self.gradients: list[dict[str, bool]] = []
@@ -38,6 +39,8 @@ class Watch(Callback):
         self._step = -1
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, index: int) -> None:
+        self.rates.append(_rates(trainer))
+        self.batches.append(trainer.fit_loop.epoch_loop._batches_that_stepped)
         if index == 0:
             self._before = _values(pl_module)
             self._step = trainer.global_step
@@ -47,7 +50,6 @@ class Watch(Callback):
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, index: int
     ) -> None:
         self.losses.append(outputs["loss"].item())
-        self.rates.append([g["lr"] for o in trainer.optimizers for g in o.param_groups])
         if self._before is None or trainer.global_step == self._step:
             return  # still accumulating
         after = _values(pl_module)
@@ -68,7 +70,8 @@ class Watch(Callback):
             "trainable": {plain(n): p.requires_grad for n, p in pl_module.named_parameters()},
             "losses": self.losses,
             "logits": _logits(pl_module),
-            "rates": self.rates,
+            "rates": [*self.rates, _rates(trainer)],
+            "batches": self.batches,
             "moved": self.moved,
             "gradients": self.gradients,
             "owned": self.owned,
@@ -79,6 +82,10 @@ class Watch(Callback):
             "last": checkpoint.last_model_path if checkpoint else "",
         }
         torch.save(result, self.out / f"{trainer.global_rank}.pt")
+
+
+def _rates(trainer: Any) -> list[float]:
+    return [group["lr"] for o in trainer.optimizers for group in o.param_groups]
 
 
 def _nonzero(gradient: Tensor | None) -> bool:
