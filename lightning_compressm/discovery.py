@@ -190,7 +190,7 @@ def _check_sharing(layers: Iterable[SSMLayer]) -> None:
 def _nothing_found(model: nn.Module) -> str:
     counts = Counter(type(module).__name__ for module in model.modules())
     seen = ", ".join(f"{name} x{count}" for name, count in counts.most_common(12))
-    known = ", ".join(registered_families())
+    known = "; ".join(sorted(registered_families()))
     return (
         f"no SSM layer found in {type(model).__name__}. Looked at: {seen}. Known families: {known}."
         " Register a Family for your own layer with lightning_compressm.register_family."
