@@ -28,9 +28,13 @@ CASES = [
 
 def _launch(out: Path, *cases: str) -> None:
     command = [sys.executable, "-m", "tests.callbacks.ddp_worker", str(out), *cases]
-    done = subprocess.run(
-        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=240
-    )
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=240
+        )
+    except subprocess.TimeoutExpired as late:
+        # What the ranks said until then tells which one was lost, and why.
+        pytest.fail(f"{late}\n{late.stdout!r}\n{late.stderr!r}")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
 
 
