@@ -5,15 +5,22 @@ from __future__ import annotations
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
-__all__ = ["is_last_step", "total_steps"]
+__all__ = ["accumulation_changes", "is_last_step", "total_steps"]
+
+
+def accumulation_changes(trainer: pl.Trainer) -> bool:
+    """Whether a scheduler will accumulate gradients over several batches."""
+    return any(
+        isinstance(callback, GradientAccumulationScheduler)
+        and callback.going_to_accumulate_grad_batches()
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+    )
 
 
 def total_steps(trainer: pl.Trainer) -> float | None:
     """Optimizer steps of this run, ``None`` where Lightning can't know them."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        scheduled = isinstance(callback, GradientAccumulationScheduler)
-        if scheduled and callback.going_to_accumulate_grad_batches():
-            return None
+    if accumulation_changes(trainer):
+        return None
     return float(trainer.estimated_stepping_batches)
 
 

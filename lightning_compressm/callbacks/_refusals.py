@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelPruning
+from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
+from lightning_compressm.callbacks._limits import accumulation_changes
 from lightning_compressm.discovery import SSMLayer, find_ssm_layers
 from lightning_compressm.errors import UnsupportedStrategyError
 from lightning_compressm.surgery.loading import lacks_resize_hooks
@@ -71,10 +72,7 @@ def _check_trainer(trainer: pl.Trainer) -> None:
 
 def _check_static_graph(trainer: pl.Trainer) -> None:
     """DDP learns a static graph from its first batch, which has to exchange gradients."""
-    accumulates = trainer.accumulate_grad_batches > 1 or any(
-        isinstance(c, GradientAccumulationScheduler) and c.going_to_accumulate_grad_batches()
-        for c in trainer.callbacks  # type: ignore[attr-defined]
-    )
+    accumulates = trainer.accumulate_grad_batches > 1 or accumulation_changes(trainer)
     options = getattr(trainer.strategy, "_ddp_kwargs", {})
     if accumulates and options.get("static_graph"):
         raise UnsupportedStrategyError(
@@ -135,11 +133,7 @@ def _check_pruning(trainer: pl.Trainer, layers: Iterable[SSMLayer]) -> None:
         for module, name in callback._parameters_to_prune:
             if id(module) in owners:
                 raise UnsupportedStrategyError(
-                    f"{_name(callback)} prunes '{name}' of {type(module).__name__} in the SSM "
-                    f"layer '{owners[id(module)].name}', and its mask keeps the old shape. Give it "
+                    f"{type(callback).__name__} prunes '{name}' of {type(module).__name__} in the "
+                    f"SSM layer '{owners[id(module)].name}', and its mask keeps the old shape. Give it "
                     "`parameters_to_prune` without these layers, or put them into `ignore`."
                 )
-
-
-def _name(callback: Callback) -> str:
-    return type(callback).__name__

@@ -70,6 +70,11 @@ class RollbackGuard:
         """Whether there is no metric yet that a reduction could be judged against."""
         return self.monitor is not None and self.reference is None
 
+    @property
+    def _keeps(self) -> bool:
+        """Whether a kept state waits for its verdict."""
+        return self._snapshot is not None or self._file is not None
+
     def check(self, trainer: pl.Trainer) -> None:
         """Refuse a run without validation.
 
@@ -90,7 +95,7 @@ class RollbackGuard:
             A function that drops what was kept now, for a reduction that did not happen: nothing
             must be judged then.
         """
-        if self.monitor is None or self._snapshot is not None or self._file is not None:
+        if self.monitor is None or self._keeps:
             return lambda: None
         averages = averages_of(trainer, pl_module)
         snapshot = Snapshot.take(pl_module, trainer.optimizers, averages)
@@ -115,8 +120,7 @@ class RollbackGuard:
                 f"{', '.join(map(repr, sorted(metrics)))}. Log it in validation_step."
             )
         value: float = trainer.strategy.broadcast(float(metrics[self.monitor]))
-        waiting = self._snapshot is not None or self._file is not None
-        if waiting and self._is_worse(value):
+        if self._keeps and self._is_worse(value):
             self.verdict = (
                 f"{self.monitor} went from {self.reference:.6g} to {value:.6g}, by more than "
                 f"{self.max_degradation:g}"

@@ -34,6 +34,10 @@ __all__ = [
 
 Pending = tuple[SurgeryPlan, list[LayerEvent]]
 
+_ADVICE = (
+    "The state is none that this version has saved: use another checkpoint, or take the weights "
+    "alone, by load_compressed(model, path)."
+)
 _DAMAGED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 
@@ -104,25 +108,17 @@ def check_optimizer_states(optimizers: Iterable[Optimizer], model: nn.Module) ->
 def _entry(saved: object, name: str, read: Callable[[Any], Any]) -> Any:
     if not isinstance(saved, Mapping):
         raise CheckpointError(
-            f"expected the callback's state as a mapping, got {type(saved).__name__}. "
-            + _advice("state")
+            f"expected the callback's state as a mapping, got {type(saved).__name__}. " + _ADVICE
         )
     if name not in saved:
-        raise CheckpointError(f"the callback's state has no '{name}'. {_advice('state')}")
+        raise CheckpointError(f"the callback's state has no '{name}'. {_ADVICE}")
     try:
         return read(saved[name])
     except _DAMAGED as error:
         raise CheckpointError(
             f"the callback's state is damaged in '{name}' ({type(error).__name__}: {error}). "
-            + _advice("state")
+            + _ADVICE
         ) from error
-
-
-def _advice(what: str) -> str:
-    return (
-        f"The {what} is none that this version has saved: use another checkpoint, or take the "
-        "weights alone, by load_compressed(model, path)."
-    )
 
 
 def _window(value: Any) -> Window | None:
