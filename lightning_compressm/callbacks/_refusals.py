@@ -134,6 +134,6 @@ def _check_pruning(trainer: pl.Trainer, layers: Iterable[SSMLayer]) -> None:
             if id(module) in owners:
                 raise UnsupportedStrategyError(
                     f"{type(callback).__name__} prunes '{name}' of {type(module).__name__} in the "
-                    f"SSM layer '{owners[id(module)].name}', and its mask keeps the old shape. Give it "
-                    "`parameters_to_prune` without these layers, or put them into `ignore`."
+                    f"SSM layer '{owners[id(module)].name}', and its mask keeps the old shape. "
+                    "Give it `parameters_to_prune` without these layers, or put them into `ignore`."
                 )
