@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from lightning_compressm.compressor import compress, hankel_spectra
     from lightning_compressm.discovery import find_ssm_layers
     from lightning_compressm.families import Family, register_family
+    from lightning_compressm.regularizer import HankelRegularizer
     from lightning_compressm.surgery.loading import load_compressed
 
 __all__ = [
     "CompreSSMCallback",
     "Family",
     "HankelMonitor",
+    "HankelRegularizer",
     "__version__",
     "compress",
     "find_ssm_layers",
@@ -33,6 +35,7 @@ __all__ = [
 _HOMES = {
     "CompreSSMCallback": "callbacks",
     "HankelMonitor": "callbacks",
+    "HankelRegularizer": "regularizer",
     "Family": "families",
     "register_family": "families",
     "compress": "compressor",

@@ -139,6 +139,7 @@ def truncate(family: Family, layer: nn.Module, order: int) -> Reduction:
     return reduction
 
 
+@torch.no_grad()
 def _truncation(family: Family, layer: nn.Module, order: int) -> tuple[Reduction, SurgeryPlan]:
     system = family.system(layer)
     balance = "real" if system.real_output else "complex"

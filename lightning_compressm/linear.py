@@ -17,7 +17,7 @@ from lightning_compressm.families import Family
 from lightning_compressm.policy import Balance, BalanceChoice, HorizonChoice, ReductionPolicy
 from lightning_compressm.trouble import numerics
 
-__all__ = ["LinearAnalysis", "analyse_linear"]
+__all__ = ["LinearAnalysis", "analyse_linear", "resolve_balance"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -100,7 +100,7 @@ def analyse_linear(
     with torch.no_grad(), naming(layer):
         system = family.system(layer.module)
         system.check()
-        balance = _resolve_balance(policy.balance, system)
+        balance = resolve_balance(policy.balance, system)
         horizon = _resolve_horizon(policy.horizon, lengths.get(layer.name))
         with numerics():
             factors = factorise(system, balance, horizon)
@@ -115,7 +115,8 @@ def analyse_linear(
     )
 
 
-def _resolve_balance(balance: BalanceChoice, system: DiagonalLTI) -> Balance:
+def resolve_balance(balance: BalanceChoice, system: DiagonalLTI) -> Balance:
+    """The form that "auto" stands for: the real one wherever the outputs are real."""
     if balance == "auto":
         return "real" if system.real_output else "complex"
     return balance

@@ -143,7 +143,11 @@ class Family(FamilyBase):
 
     @abstractmethod
     def system(self, module: nn.Module) -> DiagonalLTI:
-        """The layer as a linear time-invariant system, on the layer's device."""
+        """The layer as a linear time-invariant system, on the layer's device.
+
+        Where gradients are enabled they reach the layer's parameters, if you want to train with
+        :class:`~lightning_compressm.HankelRegularizer`.
+        """
 
     @abstractmethod
     def write(self, module: nn.Module, system: DiagonalLTI) -> dict[str, Tensor]:
@@ -168,7 +172,8 @@ class Family(FamilyBase):
 
     def projected_plan(self, module: nn.Module, projection: Mapping[str, Tensor]) -> SurgeryPlan:
         """The same change of basis, truncated to the same states."""
-        system = Projection.from_dict(projection).apply(self.system(module).double())
+        with torch.no_grad():
+            system = Projection.from_dict(projection).apply(self.system(module).double())
         edits = {
             name: TensorEdit(value.to(tensor_of(module, name).dtype))
             for name, value in self.write(module, system).items()

@@ -70,20 +70,17 @@ class LRUFamily(Family):
 
     def system(self, module: nn.Module) -> DiagonalLTI:
         """Eigenvalues, gamma * B and C; the output is the real part."""
-        with torch.no_grad():
-            own: dict[str, Any] = {
-                n: p.detach() for n, p in module._parameters.items() if p is not None
-            }
-            decay, phase, gamma = (double(own[name]).exp() for name in _DIAGONALS)
-            eigenvalues = torch.exp(torch.complex(-decay, phase))
-            # Rounding of the phase must not hide that a radius is one.
-            on_circle = torch.exp(-decay) == 1
-            return DiagonalLTI(
-                eigenvalues=torch.where(on_circle, torch.ones_like(eigenvalues), eigenvalues),
-                B=gamma[:, None] * _complex(own, "B"),
-                C=_complex(own, "C"),
-                real_output=True,
-            )
+        own = {n: p for n, p in module._parameters.items() if p is not None}
+        decay, phase, gamma = (double(own[name]).exp() for name in _DIAGONALS)
+        eigenvalues = torch.exp(torch.complex(-decay, phase))
+        # Rounding of the phase must not hide that a radius is one.
+        on_circle = torch.exp(-decay) == 1
+        return DiagonalLTI(
+            eigenvalues=torch.where(on_circle, torch.ones_like(eigenvalues), eigenvalues),
+            B=gamma[:, None] * _complex(own, "B"),
+            C=_complex(own, "C"),
+            real_output=True,
+        )
 
     def write(self, module: nn.Module, system: DiagonalLTI) -> dict[str, Tensor]:
         """Back to nu, theta and gamma; gamma becomes sqrt(1 - |lambda|^2)."""

@@ -70,17 +70,16 @@ class S4DFamily(Family):
         Raises:
             UnsupportedLayerError: if the layer is discretized in an unknown way.
         """
-        with torch.no_grad():
-            own = {n: double(tensor_of(module, n).detach()) for n in self.state_axes(module)}
-            poles = torch.complex(-own["log_A_real"].exp(), own["A_imag"])
-            eigenvalues, gain = to_discrete(poles, _steps(module), _discretization(module))
-            weights = 2 * gain * torch.complex(*own["C"].unbind(-1))
-            ones = torch.ones_like(weights).unsqueeze(-1)
-            return DiagonalLTI(eigenvalues, ones, weights.unsqueeze(-2), real_output=True)
+        own = {n: double(tensor_of(module, n)) for n in self.state_axes(module)}
+        poles = torch.complex(-own["log_A_real"].exp(), own["A_imag"])
+        eigenvalues, gain = to_discrete(poles, _steps(module), _discretization(module))
+        weights = 2 * gain * torch.complex(*own["C"].unbind(-1))
+        ones = torch.ones_like(weights).unsqueeze(-1)
+        return DiagonalLTI(eigenvalues, ones, weights.unsqueeze(-2), real_output=True)
 
     def write(self, module: nn.Module, system: DiagonalLTI) -> dict[str, Tensor]:
         """Back to continuous time with the layer's own steps; B goes into C."""
-        steps = _steps(module).to(system.eigenvalues.device)
+        steps = _steps(module).detach().to(system.eigenvalues.device)
         poles, gain = to_continuous(system.eigenvalues, steps, _discretization(module))
         weights = system.C.squeeze(-2) * system.B.squeeze(-1) / (2 * gain)
         return {
@@ -112,7 +111,7 @@ class S4DFamily(Family):
 
 
 def _steps(module: nn.Module) -> Tensor:
-    return double(tensor_of(module, "log_dt").detach()).exp().unsqueeze(-1)
+    return double(tensor_of(module, "log_dt")).exp().unsqueeze(-1)
 
 
 def _discretization(module: nn.Module) -> str:

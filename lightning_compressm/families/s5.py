@@ -95,18 +95,17 @@ class S5Family(Family):
                 unknown way.
         """
         method = _discretization(module)
-        with torch.no_grad():
-            own = {n: double(tensor_of(module, n).detach()) for n in self.state_axes(module)}
-            if _is_split(module):
-                poles = torch.complex(-own["log_Lambda_re"].exp(), own["Lambda_im"])
-                B = torch.complex(own["B_re"], own["B_im"])
-                C = 2 * torch.complex(own["C_re"], own["C_im"])
-            else:
-                poles, B, C = own["Lambda"], torch.complex(*own["B"].unbind(-1)), own["C"]
-                if _is_bidirectional(module):
-                    C = 2 * torch.cat(C.chunk(2, 1))
-            eigenvalues, gain = to_discrete(poles, own["log_step"].exp(), method)
-            return DiagonalLTI(eigenvalues, gain.unsqueeze(-1) * B, C, real_output=True)
+        own = {n: double(tensor_of(module, n)) for n in self.state_axes(module)}
+        if _is_split(module):
+            poles = torch.complex(-own["log_Lambda_re"].exp(), own["Lambda_im"])
+            B = torch.complex(own["B_re"], own["B_im"])
+            C = 2 * torch.complex(own["C_re"], own["C_im"])
+        else:
+            poles, B, C = own["Lambda"], torch.complex(*own["B"].unbind(-1)), own["C"]
+            if _is_bidirectional(module):
+                C = 2 * torch.cat(C.chunk(2, 1))
+        eigenvalues, gain = to_discrete(poles, own["log_step"].exp(), method)
+        return DiagonalLTI(eigenvalues, gain.unsqueeze(-1) * B, C, real_output=True)
 
     def write(self, module: nn.Module, system: DiagonalLTI) -> dict[str, Tensor]:
         """Back to continuous time, with one step for all states."""

@@ -96,8 +96,11 @@ def test_the_system_is_what_the_layer_computes(layer: nn.Module):
     )
 
 
-def test_reading_a_system_leaves_no_graph():
+def test_reading_a_system_follows_the_mode_of_gradients():
     system = FAMILY.system(LRU(3, 8))
+    assert all(t.requires_grad for t in (system.eigenvalues, system.B, system.C))
+    with torch.no_grad():
+        system = FAMILY.system(LRU(3, 8))
     assert not any(t.requires_grad for t in (system.eigenvalues, system.B, system.C))
 
 
