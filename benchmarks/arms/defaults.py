@@ -1,0 +1,22 @@
+"""This package as it comes: the size follows from the spectrum."""
+
+from __future__ import annotations
+
+import lightning as L
+
+from benchmarks.arms._base import Arm
+from benchmarks.comparison.bench import Bench, TimedCompreSSM
+
+
+class Defaults(Arm):
+    name = "defaults"
+    label = "CompreSSMCallback()"
+    about = "All defaults: every look in the first tenth may discard 5% of a layer's Hankel energy."
+    place = 4
+    own_size = True
+
+    def train(self, bench: Bench, size: int | None) -> L.LightningModule:
+        module = bench.fresh()
+        # An epoch can be longer than the window: then there is one look, at its end.
+        bench.fit(module, [TimedCompreSSM(verbose=False)])
+        return module

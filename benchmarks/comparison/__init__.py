@@ -1,0 +1,1 @@
+"""How `benchmarks.compare` trains, keeps and shows what `benchmarks.arms` define."""
