@@ -60,17 +60,19 @@ class InTraining(Arm):
         """Arguments of the callback."""
         return {}
 
+    def schedule(self, task: CompareTask, size: int) -> dict[str, Any]:
+        """Arguments of the callback that say when, and how far."""
+        return {"state_dim": size, "window": (0, task.look), "every_n_steps": task.look}
+
     def train(self, bench: Bench, size: int | None) -> L.LightningModule:
-        task = bench.task
+        assert size is not None
         callback = TimedCompreSSM(
-            state_dim=size,
-            window=(0, task.look),
-            every_n_steps=task.look,
             calibration_batches=8,
             # Every arm ends with the same number of states, whatever that does to the output.
             max_output_error=None,
             verbose=False,
-            **self.options(task),
+            **self.schedule(bench.task, size),
+            **self.options(bench.task),
         )
         module = bench.fresh()
         bench.fit(module, [callback])
