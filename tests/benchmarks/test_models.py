@@ -5,10 +5,16 @@ from itertools import pairwise
 import lightning as L
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.data import DigitsDataModule
-from benchmarks.models import ClassifierModule, SequenceClassifier, warmup_cosine
+from benchmarks.models import (
+    ClassifierModule,
+    ResidualBlock,
+    SequenceClassifier,
+    warmup_cosine,
+)
 from benchmarks.training import TASKS, build, make_trainer
 from lightning_compressm import find_ssm_layers
 from lightning_compressm.nn import LRU
@@ -116,3 +122,19 @@ def test_metrics_are_logged() -> None:
     (scalars,) = trainer.test(module, data, verbose=False)
     assert 0 <= scalars["test_acc"] <= 1
     assert scalars["test_loss"] > 0
+
+
+@pytest.mark.parametrize("d_model", [4, 16, 17])
+def test_a_block_computes_what_its_standard_modules_do(d_model: int) -> None:
+    block = ResidualBlock(d_model, 6, LRU, dropout=0.0).double()
+    ours = torch.randn(3, 20, d_model, dtype=torch.float64, requires_grad=True)
+    theirs = ours.detach().clone().requires_grad_()
+    hidden = F.gelu(block.layer(block.norm(theirs.flatten(0, 1)).view_as(theirs)))
+    expected = theirs + F.glu(block.gate(hidden))
+    outputs = block(ours)
+    torch.testing.assert_close(outputs, expected, rtol=1e-12, atol=1e-12)
+    weights = torch.randn_like(outputs)
+    parameters = list(block.parameters())
+    found = torch.autograd.grad((outputs * weights).sum(), [ours, *parameters])
+    wanted = torch.autograd.grad((expected * weights).sum(), [theirs, *parameters])
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
