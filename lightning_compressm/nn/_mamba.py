@@ -20,11 +20,11 @@ def _depthwise(channels: int) -> nn.Conv1d:
 
 
 def _convolved(inputs: Tensor, layer: nn.Conv1d) -> Tensor:
-    """Causal depthwise convolution of (batch, L, channels), faster than one with channels first."""
+    """Causal depthwise convolution of (L, batch, channels), faster than one with time last."""
     assert layer.bias is not None
-    padded, outputs = F.pad(inputs, (0, 0, _KERNEL - 1, 0)), layer.bias
+    padded, outputs = F.pad(inputs, (0, 0, 0, 0, _KERNEL - 1, 0)), layer.bias
     for tap in range(_KERNEL):
-        past = padded[:, tap : tap + inputs.shape[1]]
+        past = padded[tap : tap + len(inputs)]
         outputs = torch.addcmul(outputs, past, layer.weight[:, 0, tap])
     return outputs
 
@@ -64,7 +64,8 @@ class MambaBlock(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map (batch, L, d_model) to the same shape."""
-        x, z = self.in_proj(inputs).chunk(2, -1)
+        # With time first from here on, the scan need not copy what is wider than the inputs.
+        x, z = self.in_proj(inputs.transpose(0, 1).contiguous()).chunk(2, -1)
         x = F.silu(_convolved(x, self.conv1d))
         n = self.A_log.shape[1]
         dt, B, C = self.x_proj(x).split([_RANK, n, n], -1)
@@ -73,10 +74,11 @@ class MambaBlock(nn.Module):
             assert self.c_layernorm is not None
             dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
         dt, A = self.dt_proj(dt), -self.A_log.exp()
-        outputs = selective_scan(x.mT, dt.mT, A, B.mT, C.mT, self.D, z=z.mT, delta_softplus=True)
+        u, dt, B, C, z = (t.permute(1, 2, 0) for t in (x, dt, B, C, z))
+        outputs = selective_scan(u, dt, A, B, C, self.D, z=z, delta_softplus=True)
         assert isinstance(outputs, Tensor)
-        projected: Tensor = self.out_proj(outputs.mT)
-        return projected
+        projected: Tensor = self.out_proj(outputs.permute(2, 0, 1))
+        return projected.transpose(0, 1)
 
 
 class MultiHeadMambaBlock(nn.Module):
@@ -145,7 +147,7 @@ class Mamba2Block(nn.Module):
         channels, heads = self.out_proj.in_features, self.A_log.shape[0]
         states = self.ngroups * self.d_state
         z, xbc, dt = self.in_proj(inputs).split([channels, channels + 2 * states, heads], -1)
-        xbc = F.silu(_convolved(xbc, self.conv1d))
+        xbc = F.silu(_convolved(xbc.transpose(0, 1), self.conv1d).transpose(0, 1))
         x, B, C = torch.split(xbc, [channels, states, states], -1)
         y, _ = state_space_dual(
             torch.unflatten(x, -1, (heads, -1)),

@@ -84,17 +84,25 @@ class _Chunk:
         self._state_at = self._states.unbind(0)
         self._adjoint_at = self._adjoint.unbind(0) if backward else ()
 
-    def run(self, dt: Tensor, u: Tensor, A: Tensor, B: Tensor, start: Tensor) -> None:
-        """Compute the states; dt and u (Q, rows, G, W), ``start`` the state before the first."""
+    def run(self, dt: Tensor, drive: Tensor, rates: Tensor, B: Tensor, start: Tensor) -> None:
+        """Compute the states.
+
+        Args:
+            dt: (Q, rows, G, W).
+            drive: Delta u, like ``dt``.
+            rates: A over log 2, (G, N, W).
+            B: (Q, rows, G, N), or with ones for Q and rows.
+            start: (rows, G, N, W), the state before the first.
+        """
         size = len(dt)
         # Before anything else: it may be the last state of the chunk that lies here.
         previous = self._state_at[0].copy_(start)
         self.decays, self.before = self._decays[:size], self._states[:size]
         self.states = self._states[1 : size + 1]
-        torch.mul(dt.unsqueeze(-2), A * _LOG2_E, out=self.decays)
+        torch.mul(dt.unsqueeze(-2), rates, out=self.decays)
         # Faster than exp, above all where the result underflows.
         self.decays.exp2_()
-        torch.mul((dt * u).unsqueeze(-2), B.unsqueeze(-1), out=self.states)
+        torch.mul(drive.unsqueeze(-2), B.unsqueeze(-1), out=self.states)
         for decay, state in zip(self._decay_at, self._state_at[1 : size + 1], strict=False):
             previous = state.addcmul_(decay, previous)
 
@@ -126,14 +134,17 @@ def _forward(
     outputs, last = torch.empty_like(inputs), torch.empty_like(initial)
     starts = initial.new_empty(len(spans) if keep else 0, *initial.shape)
     with full_precision(inputs.device):
+        # Whatever has no states is done for all chunks at once: with few states, every chunk's
+        # share of it takes as long as a pass over the states.
+        drive, rates = steps * inputs, A * _LOG2_E
         for rows in _blocks(initial):
             state = initial[rows]
             chunk = _Chunk(state, len(inputs))
             for index, span in enumerate(spans):
                 if keep:
                     starts[index, rows] = state
-                dt, u = steps[span, rows], inputs[span, rows]
-                chunk.run(dt, u, A, _cut(B, span, rows), state)
+                b = _cut(B, span, rows)
+                chunk.run(steps[span, rows], drive[span, rows], rates, b, state)
                 outputs[span, rows] = _sum_over_states(_cut(C, span, rows), chunk.states)
                 state = chunk.states[-1]
             last[rows] = state
@@ -142,12 +153,16 @@ def _forward(
 
 def _sum_over_states(weights: Tensor, states: Tensor) -> Tensor:
     """(Q, rows, G, N) and (Q, rows, G, N, W) to (Q, rows, G, W)."""
-    return (weights.unsqueeze(-2) @ states).squeeze(-2)
+    outer = states.shape[:-2]
+    # A plain bmm: finding out that it is one costs matmul as much as multiplying does.
+    flat = weights.expand(*outer, -1).reshape(-1, 1, weights.shape[-1])
+    return torch.bmm(flat, states.flatten(0, 2)).view(*outer, -1)
 
 
 def _sum_over_channels(weights: Tensor, states: Tensor) -> Tensor:
     """(Q, rows, G, W) and (Q, rows, G, N, W) to (Q, rows, G, N)."""
-    return (weights.unsqueeze(-2) @ states.mT).squeeze(-2)
+    flat = weights.reshape(-1, 1, weights.shape[-1])
+    return torch.bmm(flat, states.flatten(0, 2).mT).view(*states.shape[:-1])
 
 
 class _SelectiveRecurrence(torch.autograd.Function):
@@ -176,30 +191,30 @@ def _backward(
     starts: Tensor,
 ) -> tuple[Tensor, ...]:
     r"""Run the adjoint :math:`g_t = e^{\Delta_{t+1} A} g_{t+1} + C_t \bar y_t` chunk by chunk."""
-    grad_inputs, grad_steps = torch.empty_like(inputs), torch.empty_like(steps)
+    grad_drive, grad_steps = torch.empty_like(inputs), torch.empty_like(steps)
     grad_A, grad_B, grad_C = (torch.zeros_like(t) for t in (A, B, C))
     grad_initial = torch.empty_like(grad_last)
+    drive, rates = steps * inputs, A * _LOG2_E
     spans = _spans(len(inputs))
     for rows in _blocks(starts[0]):
         carry = grad_last[rows]
         chunk = _Chunk(carry, len(inputs), backward=True)
         for index in reversed(range(len(spans))):
             span = spans[index]
-            dt, u, dy = steps[span, rows], inputs[span, rows], grad[span, rows]
+            dt, driven, dy = steps[span, rows], drive[span, rows], grad[span, rows]
             b = _cut(B, span, rows)
-            chunk.run(dt, u, A, b, starts[index, rows])
+            chunk.run(dt, driven, rates, b, starts[index, rows])
             _add(grad_C, span, rows, _sum_over_channels(dy, chunk.states))
             carry = chunk.run_back(dy, _cut(C, span, rows), carry)
-            _add(grad_B, span, rows, _sum_over_channels(dt * u, chunk.adjoint))
-            grad_drive = _sum_over_states(b, chunk.adjoint)
-            grad_inputs[span, rows] = grad_drive * dt
+            _add(grad_B, span, rows, _sum_over_channels(driven, chunk.adjoint))
+            grad_drive[span, rows] = _sum_over_states(b, chunk.adjoint)
             # From here on the decays hold the gradient of Delta A, g_t x_{t-1} exp(Delta_t A).
             rate = chunk.decays.mul_(chunk.adjoint).mul_(chunk.before)
-            by_step = torch.mul(rate, A, out=chunk.adjoint).sum(-2)
-            grad_steps[span, rows] = by_step.addcmul_(grad_drive, u)
+            torch.sum(torch.mul(rate, A, out=chunk.adjoint), -2, out=grad_steps[span, rows])
             grad_A += rate.mul_(dt.unsqueeze(-2)).sum((0, 1))
         grad_initial[rows] = carry
-    return grad_inputs, grad_steps, grad_A, grad_B, grad_C, grad_initial
+    grad_steps.addcmul_(grad_drive, inputs)
+    return grad_drive.mul_(steps), grad_steps, grad_A, grad_B, grad_C, grad_initial
 
 
 def _add(total: Tensor, span: slice, rows: slice, part: Tensor) -> None:

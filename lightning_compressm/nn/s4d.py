@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lightning_compressm.nn._bank import bank_chunk, chunked_bank, powers_by_doubling
 from lightning_compressm.nn._checks import (
     check_choice,
     check_dtype,
@@ -42,10 +43,11 @@ class S4D(nn.Module):
     C is complex normal of variance 1 and D normal. They are drawn on the CPU, so that a seed gives
     the same layer on every device.
 
-    The convolution kernel is made of two factors of about :math:`\sqrt L` powers each, computed in
-    float64, and applied by FFT. Half-precision parameters and inputs, autocast included, are
-    computed in float32; the output has the dtype of the input. A checkpoint with another number of
-    states resizes the layer when it is loaded.
+    With few states, on a CPU, sequences are run in chunks of 32 steps, as matrix products.
+    Otherwise they are convolved by FFT, with a kernel made of two factors of about
+    :math:`\sqrt L` powers each. Powers are computed in float64. Half-precision parameters and
+    inputs, autocast included, are computed in float32; the output has the dtype of the input. A
+    checkpoint with another number of states resizes the layer when it is loaded.
 
     Args:
         d_model: channels H, >= 1.
@@ -159,10 +161,18 @@ class S4D(nn.Module):
         check_inputs("S4D", inputs, "(batch, L, d_model)", self.d_model)
         with full_precision(inputs.device):
             dtype = self._compute_dtype(inputs)
-            u = inputs.to(dtype)
-            convolved: Tensor = _convolve(u, self._kernel(u.shape[1], dtype))
-            outputs = convolved + self.D.to(dtype) * u
+            outputs = self._respond(inputs.to(dtype))
         return outputs.to(inputs.dtype)
+
+    def _respond(self, u: Tensor) -> Tensor:
+        chunk = bank_chunk(u.shape[0], u.shape[1], self.A_imag.shape[1])
+        # Only on a CPU was it measured which form is faster.
+        if chunk is not None and u.device.type == "cpu":
+            re, im, gain_re, gain_im = self._discrete()
+            weights = self._read_out(gain_re, gain_im)
+            return chunked_bank(chunk, u, (re, im), weights, self.D)
+        convolved: Tensor = _convolve(u, self._kernel(u.shape[1], u.dtype))
+        return convolved + self.D.to(u.dtype) * u
 
     def step(self, inputs: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Advance by one step; equal to :meth:`forward` when applied along a sequence.
@@ -215,15 +225,18 @@ class S4D(nn.Module):
         decay, frequency = self.log_A_real.to(wide).exp(), self.A_imag.to(wide)
         return discretize(decay, frequency, step, self.discretization)
 
+    def _read_out(self, gain_re: Tensor, gain_im: Tensor) -> tuple[Tensor, Tensor]:
+        """2 C times the input gains, real and imaginary part, (H, N)."""
+        c_re, c_im = (2 * self.C.to(gain_re.dtype)).unbind(-1)
+        return gain_re * c_re - gain_im * c_im, gain_re * c_im + gain_im * c_re
+
     def _kernel(self, length: int, dtype: torch.dtype) -> Tensor:
         """Powers lambda^(iQ + j) = lambda^(iQ) lambda^j, so the kernel is a matrix product."""
         re, im, gain_re, gain_im = self._discrete()
         chunk = math.isqrt(length - 1) + 1
-        inner_re, inner_im, top_re, top_im = _powers(re, im, chunk)
-        outer_re, outer_im, _, _ = _powers(top_re, top_im, -(-length // chunk))
-        c_re, c_im = (2 * self.C.to(re.dtype)).unsqueeze(-1).unbind(2)
-        gain_re, gain_im = gain_re.unsqueeze(-1), gain_im.unsqueeze(-1)
-        weight_re, weight_im = gain_re * c_re - gain_im * c_im, gain_re * c_im + gain_im * c_re
+        inner_re, inner_im, top_re, top_im = powers_by_doubling(re, im, chunk)
+        outer_re, outer_im, _, _ = powers_by_doubling(top_re, top_im, -(-length // chunk))
+        weight_re, weight_im = (w.unsqueeze(-1) for w in self._read_out(gain_re, gain_im))
         rows_re = weight_re * outer_re - weight_im * outer_im
         rows_im = weight_re * outer_im + weight_im * outer_re
         rows = torch.cat((rows_re, -rows_im), 1).mT.to(dtype)
@@ -247,25 +260,6 @@ class _Product(torch.autograd.Function):
         left, right = ctx.saved_tensors
         with full_precision(grad.device):
             return grad @ right.mT, left.mT @ grad
-
-
-def _powers(re: Tensor, im: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Powers 0 to count - 1 along a new last dimension, and power ``count``, by doubling."""
-    re, im = re.unsqueeze(-1), im.unsqueeze(-1)
-    base_re, base_im = re, im
-    powers_re, powers_im = torch.ones_like(re), torch.zeros_like(im)
-    while powers_re.shape[-1] < count:
-        next_re = base_re * powers_re - base_im * powers_im
-        next_im = base_re * powers_im + base_im * powers_re
-        powers_re, powers_im = (
-            torch.cat((powers_re, next_re), -1),
-            torch.cat((powers_im, next_im), -1),
-        )
-        base_re, base_im = base_re.square() - base_im.square(), 2 * base_re * base_im
-    powers_re, powers_im = powers_re[..., :count], powers_im[..., :count]
-    last_re, last_im = powers_re[..., -1:], powers_im[..., -1:]
-    top_re, top_im = re * last_re - im * last_im, re * last_im + im * last_re
-    return powers_re, powers_im, top_re.squeeze(-1), top_im.squeeze(-1)
 
 
 # torch.compile can't generate code for the complex numbers in here.

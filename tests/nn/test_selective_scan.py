@@ -268,11 +268,11 @@ def test_decays_that_underflow(states: int):
 
 
 @pytest.mark.parametrize("length", [1, 2, 9])
-def test_convolution_with_channels_last_is_that_of_the_layer(length: int):
+def test_convolution_with_time_first_is_that_of_the_layer(length: int):
     layer = nn.Conv1d(4, 4, 3, groups=4, padding=2).double()
-    inputs = torch.randn(2, length, 4, dtype=torch.float64, requires_grad=True)
+    inputs = torch.randn(length, 2, 4, dtype=torch.float64, requires_grad=True)
     given = [inputs, *layer.parameters()]
-    expected = layer(inputs.mT)[..., :length].mT
+    expected = layer(inputs.permute(1, 2, 0))[..., :length].permute(2, 0, 1)
     weights = torch.randn(expected.shape, dtype=torch.float64)
     found = _convolved(inputs, layer)
     assert relative_error(found, expected) < 1e-14
