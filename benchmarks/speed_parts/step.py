@@ -15,6 +15,7 @@ from benchmarks.speed_parts.results import Ratio, Row, Section
 from benchmarks.speed_parts.suites import StepCase, Suite
 from benchmarks.speed_parts.timing import Measure, Report, interleave, local
 from lightning_compressm.nn import LRU, S4D, S5, _fused
+from lightning_compressm.nn._bank import bank_chunk
 from lightning_compressm.nn._chunked import best_chunk
 from lightning_compressm.nn._mamba import Mamba2Block, MambaBlock
 
@@ -25,7 +26,8 @@ NOTES = [
     "'no state' is the same block with D u in place of the layer; for Mamba without the scan and "
     "its projections, D u times the gate. It is the floor: what no reduction can make faster.",
     "LRU and S5 choose the faster of two forms for each N: in chunks of Q steps, or as a scan over "
-    "all steps. The columns with 'scan' show what a scan at every N would give.",
+    "all steps. The columns with 'scan' show what a scan at every N would give. S4D chooses between "
+    "chunks and an FFT.",
 ]
 
 
@@ -143,16 +145,25 @@ def chunk_of(case: StepCase, states: int) -> int | None:
     return best_chunk(case.length, case.width, states)
 
 
+def form_of(case: StepCase, states: int) -> str | None:
+    """What the layer chooses at this size; None where there is no choice."""
+    if case.layer == "S4D":
+        chunk = bank_chunk(case.batch, case.length, states)
+        return f"Q={chunk}" if chunk else "FFT"
+    if case.layer not in CHUNKED:
+        return None
+    chunk = chunk_of(case, states)
+    return f"Q={chunk}" if chunk else "scan"
+
+
 def rows_of(case: StepCase, seconds: dict[str, list[float]]) -> list[Row]:
     sizes = f"B={case.batch} L={case.length} H={case.width}"
     group = f"{case.layer}, {sizes}" + (f" ({case.name})" if case.name else "")
     largest = case.states[0]
     rows = []
     for states in case.states:
-        chunk, own = chunk_of(case, states), seconds[f"N={states}"]
-        cells: dict[str, Ratio | str] = {}
-        if case.layer in CHUNKED:
-            cells["form"] = f"Q={chunk}" if chunk else "scan"
+        form, own = form_of(case, states), seconds[f"N={states}"]
+        cells: dict[str, Ratio | str] = {} if form is None else {"form": form}
         cells["/ no state"] = Ratio.of(own, seconds["no state"])
         forced = seconds.get(f"N={states} scan")
         if forced is not None:
