@@ -26,8 +26,8 @@ NOTES = [
     "'no state' is the same block with D u in place of the layer; for Mamba without the scan and "
     "its projections, D u times the gate. It is the floor: what no reduction can make faster.",
     "LRU and S5 choose the faster of two forms for each N: in chunks of Q steps, or as a scan over "
-    "all steps. The columns with 'scan' show what a scan at every N would give. S4D chooses between "
-    "chunks and an FFT.",
+    "all steps. The columns with 'scan' show what a scan at every N would give. S4D chooses chunks "
+    "or an FFT.",
 ]
 
 
