@@ -267,14 +267,15 @@ def test_decays_that_underflow(states: int):
         assert relative_error(value.double(), expected[name]) < 1e-5, name
 
 
+@pytest.mark.parametrize("time", [0, 1])
 @pytest.mark.parametrize("length", [1, 2, 9])
-def test_convolution_with_time_first_is_that_of_the_layer(length: int):
+def test_convolution_with_channels_last_is_that_of_the_layer(length: int, time: int):
     layer = nn.Conv1d(4, 4, 3, groups=4, padding=2).double()
-    inputs = torch.randn(length, 2, 4, dtype=torch.float64, requires_grad=True)
+    inputs = torch.randn(2, length, 4, dtype=torch.float64, requires_grad=True)
     given = [inputs, *layer.parameters()]
-    expected = layer(inputs.permute(1, 2, 0))[..., :length].permute(2, 0, 1)
+    expected = layer(inputs.mT)[..., :length].mT
     weights = torch.randn(expected.shape, dtype=torch.float64)
-    found = _convolved(inputs, layer)
+    found = _convolved(inputs.transpose(1, time), layer, time).transpose(1, time)
     assert relative_error(found, expected) < 1e-14
     pairs = [torch.autograd.grad((y * weights).sum(), given) for y in (found, expected)]
     for value, want in zip(*pairs, strict=True):
