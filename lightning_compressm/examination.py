@@ -45,6 +45,7 @@ class Examination:
         policy: how.
         context: what is known of the data.
         owner: number of the process that works on a linear layer.
+        spectrum_only: no attempt is expected to follow, so nothing is computed for one.
 
     Attributes:
         analysis: ``None`` if the layer was not or can't be analysed.
@@ -61,13 +62,20 @@ class Examination:
     """
 
     def __init__(
-        self, layer: SSMLayer, policy: ReductionPolicy, context: Context, owner: int = 0
+        self,
+        layer: SSMLayer,
+        policy: ReductionPolicy,
+        context: Context,
+        owner: int = 0,
+        *,
+        spectrum_only: bool = False,
     ) -> None:
         self.layer = layer
         self.failure = ""
         self.analysis: LayerAnalysis | None = None
         self._policy = policy
         self._context = context
+        self._spectrum_only = spectrum_only
         self._note = ""
         self._shared = isinstance(layer.family, Family) and context.processes.size > 1
         self._owner = owner if self._shared else context.processes.rank
@@ -159,7 +167,7 @@ class Examination:
 
     def _analysed(self, work: Callable[[], T]) -> T:
         if not self._note:
-            self.analysis = self.analysis or analyse_layer(self.layer, self._policy, self._context)
+            self.analysis = self.analysis or self._analyse(self.layer, self._context)
             return work()
         try:
             self.analysis = self.analysis or self._analyse_on_cpu()
@@ -176,7 +184,10 @@ class Examination:
         layer = _on_cpu(self.layer)
         inputs = [x.cpu() for x in self._context.inputs.get(layer.name, ())]
         context = replace(self._context, inputs={layer.name: inputs})
-        return analyse_layer(layer, self._policy, context)
+        return self._analyse(layer, context)
+
+    def _analyse(self, layer: SSMLayer, context: Context) -> LayerAnalysis:
+        return analyse_layer(layer, self._policy, context, spectrum_only=self._spectrum_only)
 
     def _give_up(self, reason: str) -> None:
         self.analysis = None
@@ -215,8 +226,10 @@ def _raise(error: Exception) -> NoReturn:
     raise error
 
 
-def analyse_layer(layer: SSMLayer, policy: ReductionPolicy, context: Context) -> LayerAnalysis:
-    """Analyse one layer as its family asks for.
+def analyse_layer(
+    layer: SSMLayer, policy: ReductionPolicy, context: Context, *, spectrum_only: bool = False
+) -> LayerAnalysis:
+    """Analyse one layer as its family asks for, only for its spectrum or for reductions as well.
 
     Example:
         >>> from lightning_compressm.discovery import find_ssm_layers
@@ -226,7 +239,9 @@ def analyse_layer(layer: SSMLayer, policy: ReductionPolicy, context: Context) ->
         torch.Size([8])
     """
     if isinstance(layer.family, Family):
-        return analyse_linear(layer, layer.family, policy, context.lengths)
+        return analyse_linear(
+            layer, layer.family, policy, context.lengths, spectrum_only=spectrum_only
+        )
     assert isinstance(layer.family, SelectiveFamily)
     return analyse_selective(layer, layer.family, policy, context)
 

@@ -88,9 +88,17 @@ class LinearAnalysis(LayerAnalysis):
 
 
 def analyse_linear(
-    layer: SSMLayer, family: Family, policy: ReductionPolicy, lengths: Mapping[str, int]
+    layer: SSMLayer,
+    family: Family,
+    policy: ReductionPolicy,
+    lengths: Mapping[str, int],
+    *,
+    spectrum_only: bool = False,
 ) -> LinearAnalysis:
     """Read a layer's system and compute its HSVs.
+
+    With ``spectrum_only`` no reduction is expected to follow: then the singular vectors are left
+    for later, which is faster for the spectrum but slower for both.
 
     Raises:
         NonFiniteError: if its parameters hold NaN or infinity.
@@ -104,6 +112,8 @@ def analyse_linear(
         horizon = _resolve_horizon(policy.horizon, lengths.get(layer.name))
         with numerics():
             factors = factorise(system, balance, horizon)
+            if not spectrum_only and (policy.state_dim or 0) < system.order:
+                _ = factors.balancing  # gives the spectrum as well, so that it isn't computed twice
             energy = per_state_energy(to_device(factors.sigma, system.eigenvalues.device), balance)
     seconds = time.perf_counter() - start
     return LinearAnalysis(

@@ -124,9 +124,8 @@ def measure_spectra(
     """
     context = context or Context()
     spectra: dict[str, Tensor] = {}
-    for one in _examine(
-        select_layers(model, policy.layers, policy.ignore).values(), policy, context
-    ):
+    layers = select_layers(model, policy.layers, policy.ignore).values()
+    for one in _examine(layers, policy, context, spectrum_only=True):
         if one.sigma is not None:
             spectra[one.layer.name] = one.sigma
         elif not leave_out:
@@ -135,12 +134,16 @@ def measure_spectra(
 
 
 def _examine(
-    layers: Iterable[SSMLayer], policy: ReductionPolicy, context: Context
+    layers: Iterable[SSMLayer],
+    policy: ReductionPolicy,
+    context: Context,
+    *,
+    spectrum_only: bool = False,
 ) -> list[Examination]:
     """Analyse all layers; the processes share linear ones out and work on theirs side by side."""
     size = context.processes.size
     examined = [
-        Examination(layer, policy, context, owner_of(index, size))
+        Examination(layer, policy, context, owner_of(index, size), spectrum_only=spectrum_only)
         for index, layer in enumerate(layers)
     ]
     for one in examined:

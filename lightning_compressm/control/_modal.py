@@ -15,6 +15,8 @@ from lightning_compressm.errors import IllConditionedError, NonFiniteError
 __all__ = ["ModalForm", "identity", "modal_form"]
 
 MAX_CONDITION = 1e8
+_PREDICTED = 128  # smaller blocks are tried in double precision at once
+_ROOT_HALF = math.sqrt(0.5)
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -173,22 +175,44 @@ def _real_form(balancing: Balancing, kept: Tensor, order: int) -> ModalForm:
     upper, lower = t_r[:n], t_r[n:]
     projected = t_l @ torch.cat([re * upper - im * lower, im * upper + re * lower])
     eigenvalues, vectors = _largest_fit(projected, order)
-    inverse = _inverse(vectors)
-    size = len(eigenvalues)
-    keep = eigenvalues.imag >= 0
-    is_real = eigenvalues[keep].imag == 0
-    rows = inverse[keep] @ t_l[:size].to(inverse.dtype)
-    columns = t_r[:, :size].to(vectors.dtype) @ vectors[:, keep]
-    # A real mode appears once: half of it goes to the state, half to its conjugate.
-    rows = torch.where(is_real.unsqueeze(-1), rows.real.to(rows.dtype), rows)
-    columns = torch.where(is_real, columns.real.to(columns.dtype) / 2, columns)
-    left, left_conj = (rows[:, :n] - 1j * rows[:, n:]) / 2, (rows[:, :n] + 1j * rows[:, n:]) / 2
-    right = columns[:n] + 1j * columns[n:]
-    right_conj = columns[:n].conj() + 1j * columns[n:].conj()
-    b = left @ system.B + left_conj @ system.B.conj()
-    c = system.C @ right + system.C.conj() @ right_conj.conj()
+    size, keep = len(eigenvalues), eigenvalues.imag >= 0
+    eigenvalues, basis = eigenvalues[keep], _real_basis(eigenvalues[keep], vectors[:, keep])
+    is_real = eigenvalues.imag == 0
+    rows = _inverse(basis) @ t_l[:size]
+    columns = t_r[:, :size] @ basis
+
+    def as_rows(real: Tensor) -> Tensor:
+        return _combined(real, is_real, -_ROOT_HALF, 1.0)
+
+    def as_columns(real: Tensor) -> Tensor:
+        # A real mode appears once: half of it goes to the state, half to its conjugate.
+        return _combined(real.mT, is_real, _ROOT_HALF, 0.5).mT
+
+    tall, wide = as_rows(rows), as_columns(columns)
+    left, left_conj = (tall[:, :n] - 1j * tall[:, n:]) / 2, (tall[:, :n] + 1j * tall[:, n:]) / 2
+    right, right_conj = wide[:n] + 1j * wide[n:], (wide[:n] - 1j * wide[n:]).conj()
+    b = as_rows(rows @ torch.cat([system.B.real, system.B.imag]))
+    c = 2 * as_columns(torch.cat([system.C.real, -system.C.imag], -1) @ columns)
     maps = (left, left_conj, right, right_conj)
-    return ModalForm(eigenvalues[keep], b, c, *maps, kept[:size], int(keep.sum()))
+    return ModalForm(eigenvalues, b, c, *maps, kept[:size], len(eigenvalues))
+
+
+def _real_basis(eigenvalues: Tensor, vectors: Tensor) -> Tensor:
+    """Real and imaginary parts of the vectors of the upper half-plane, as columns.
+
+    Those of pairs are longer by sqrt(2): then the condition is that of all complex vectors.
+    """
+    pairs = eigenvalues.imag > 0
+    real, imag = vectors.real, vectors[:, pairs].imag
+    return torch.cat([torch.where(pairs, real / _ROOT_HALF, real), imag / _ROOT_HALF], -1)
+
+
+def _combined(rows: Tensor, is_real: Tensor, factor: float, alone: float) -> Tensor:
+    """Complex rows of real and imaginary parts in that basis; those of real modes stay real."""
+    real, imag = rows[: len(is_real)], torch.zeros_like(rows[: len(is_real)])
+    imag[~is_real] = factor * rows[len(is_real) :]
+    alone_or_pair = torch.where(is_real.unsqueeze(-1), alone * real, _ROOT_HALF * real)
+    return torch.complex(alone_or_pair, imag)
 
 
 def _largest_fit(projected: Tensor, order: int) -> tuple[Tensor, Tensor]:
@@ -197,12 +221,32 @@ def _largest_fit(projected: Tensor, order: int) -> tuple[Tensor, Tensor]:
     A conjugate pair takes one state, and so does a real pole.
     """
     size = projected.shape[-1]
+    single = projected.float()
+    if size >= _PREDICTED and bool(torch.isfinite(single).all()):
+        likely, needed = _first_fit(single, order)
+        eigenvalues, vectors = _eigen(projected[:likely, :likely])
+        if _states(eigenvalues) == needed:
+            return eigenvalues, vectors
     while True:
         eigenvalues, vectors = _eigen(projected[:size, :size])
-        excess = int((eigenvalues.imag >= 0).sum()) - order
+        excess = _states(eigenvalues) - order
         if excess <= 0:
             return eigenvalues, vectors
         size -= excess
+
+
+def _first_fit(projected: Tensor, order: int) -> tuple[int, int]:
+    """Size of that block, and the states that it needs, from its eigenvalues alone."""
+    size = projected.shape[-1]
+    while True:
+        needed = _states(torch.linalg.eigvals(projected[:size, :size]))
+        if needed <= order:
+            return size, needed
+        size -= needed - order
+
+
+def _states(eigenvalues: Tensor) -> int:
+    return int((eigenvalues.imag >= 0).sum())
 
 
 def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:

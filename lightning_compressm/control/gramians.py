@@ -105,11 +105,10 @@ def real_gramians(system: DiagonalLTI, *, horizon: int | None = None) -> tuple[T
     full = system.check().double()
     kernel = Kernel(full.eigenvalues, check_horizon(horizon))
     hermitian, symmetric = kernel.hermitian(), kernel.symmetric()
-    p, m = (full.B @ full.B.mH) * hermitian, (full.B @ full.B.mT) * symmetric
-    q, s = (full.C.mH @ full.C) * hermitian.conj(), (full.C.mT @ full.C) * symmetric
-    controllability = _blocks(p.real + m.real, m.imag - p.imag, m.imag + p.imag, p.real - m.real)
-    observability = _blocks(q.real + s.real, -q.imag - s.imag, q.imag - s.imag, q.real - s.real)
-    return controllability / 2, observability / 2
+    return (
+        _real_gramian(full.B, hermitian, symmetric),
+        _real_gramian(full.C.mH, hermitian.conj(), symmetric.conj()),
+    )
 
 
 def impulse_energy(system: DiagonalLTI, *, horizon: int | None = None) -> Tensor:
@@ -137,16 +136,26 @@ def impulse_energy(system: DiagonalLTI, *, horizon: int | None = None) -> Tensor
     """
     full = system.check().double()
     kernel = Kernel(full.eigenvalues, check_horizon(horizon))
-    p = (full.B @ full.B.mH) * kernel.hermitian()
-    energy = ((full.C.mH @ full.C).mT * p).real.sum((-2, -1))
+    p, m = _products(full.B)
+    q, s = _products(full.C.mT)
+    energy = (q * p * kernel.hermitian()).real.sum((-2, -1))
     if not system.real_output:
         return energy
-    m = (full.B @ full.B.mT) * kernel.symmetric()
-    return (energy + ((full.C.mT @ full.C) * m).real.sum((-2, -1))) / 2
+    return (energy + (s * m * kernel.symmetric()).real.sum((-2, -1))) / 2
 
 
-def _blocks(
-    upper_left: Tensor, upper_right: Tensor, lower_left: Tensor, lower_right: Tensor
-) -> Tensor:
-    upper = torch.cat([upper_left, upper_right], -1)
-    return torch.cat([upper, torch.cat([lower_left, lower_right], -1)], -2)
+def _products(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """``X X^H`` and ``X X^T`` out of three real products, where complex ones take eight."""
+    re, im = rows.real.contiguous(), rows.imag.contiguous()
+    re_re, im_im, im_re = re @ re.mT, im @ im.mT, im @ re.mT
+    hermitian = torch.complex(re_re + im_im, im_re - im_re.mT)
+    return hermitian, torch.complex(re_re - im_im, im_re + im_re.mT)
+
+
+def _real_gramian(rows: Tensor, hermitian: Tensor, symmetric: Tensor) -> Tensor:
+    """Gramian of ``[Re x; Im x]`` for inputs ``rows``, with the kernels of ``x``."""
+    product, unconjugated = _products(rows)
+    p, m = product * hermitian, unconjugated * symmetric
+    upper = torch.cat([p.real + m.real, m.imag - p.imag], -1)
+    lower = torch.cat([m.imag + p.imag, p.real - m.real], -1)
+    return torch.cat([upper, lower], -2) / 2
