@@ -108,7 +108,7 @@ def analyse_linear(
     with torch.no_grad(), naming(layer):
         system = family.system(layer.module)
         system.check()
-        balance = resolve_balance(policy.balance, system)
+        balance = resolve_balance(policy.balance, system, trained_on=policy.trained_on)
         horizon = _resolve_horizon(policy.horizon, lengths.get(layer.name))
         with numerics():
             factors = factorise(system, balance, horizon)
@@ -125,11 +125,20 @@ def analyse_linear(
     )
 
 
-def resolve_balance(balance: BalanceChoice, system: DiagonalLTI) -> Balance:
-    """The form that "auto" stands for: the real one wherever the outputs are real."""
-    if balance == "auto":
-        return "real" if system.real_output else "complex"
-    return balance
+def resolve_balance(
+    balance: BalanceChoice, system: DiagonalLTI, *, trained_on: bool = False
+) -> Balance:
+    """The form that "auto" stands for.
+
+    Balancing the real system is the most accurate; but its real poles are states that training
+    can't make complex again (their phase has no gradient). So a layer that is trained further is
+    balanced in the folded form, which leaves complex states only.
+    """
+    if balance != "auto":
+        return balance
+    if not system.real_output:
+        return "complex"
+    return "folded" if trained_on else "real"
 
 
 def _resolve_horizon(horizon: HorizonChoice, length: int | None) -> int | None:

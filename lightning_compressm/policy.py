@@ -37,7 +37,8 @@ class ReductionPolicy:
         layers: glob patterns of module names to consider; ``None`` for all.
         ignore: glob patterns of module names to leave alone.
         balance: see :func:`lightning_compressm.control.balanced_truncation`; ``"auto"`` is
-            ``"real"``, the balancing of the real system that the layer computes.
+            ``"real"``, the balancing of the real system that the layer computes, or ``"folded"``
+            if the model is ``trained_on``.
         horizon: steps of a time-limited Gramian, ``None`` for infinite, ``"auto"`` for the length
             of the sequences that the layer was seen to process (infinite if it was not seen).
         selection: ``"largest"`` keeps the states of largest Hankel singular value; the other two
@@ -49,6 +50,7 @@ class ReductionPolicy:
         max_output_error: refuse a cut of a selective layer that changes its output on the
             calibration data by more than this share (root mean squares), after trying with more
             states; ``None`` for no limit.
+        trained_on: whether the model is trained further; what ``balance="auto"`` depends on.
 
     Raises:
         ValueError: for more than one target, and for values out of range.
@@ -78,6 +80,7 @@ and fraction=0.5. Keep the one that you mean.
     criterion: str = "auto"
     refit: bool = True
     max_output_error: float | None = DEFAULT_OUTPUT_ERROR
+    trained_on: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what can't be meant, before any model is looked at."""
@@ -103,6 +106,7 @@ and fraction=0.5. Keep the one that you mean.
         check_limit("max_output_error", self.max_output_error)
         check_flag("share_state_dim", self.share_state_dim)
         check_flag("refit", self.refit)
+        check_flag("trained_on", self.trained_on)
         if isinstance(self.horizon, str):
             check_choice("horizon", self.horizon, ("auto",))
         else:

@@ -23,25 +23,25 @@ class Choice(InTraining):
 
 class RealInfinite(Choice):
     name = "real-infinite"
-    label = "infinite horizon"
-    about = "As ours, with infinite-horizon Gramians."
-    place = 60
+    label = "real, infinite horizon"
+    about = "The same with infinite-horizon Gramians."
+    place = 62
     changed: ClassVar[dict[str, Any]] = {"balance": "real", "horizon": None}
 
 
-class FoldedLimited(Choice):
-    name = "folded-limited"
-    label = "folded, time-limited"
-    about = "As ours, with the complex Gramians of states folded into the upper half-plane."
+class RealLimited(Choice):
+    name = "real-limited"
+    label = "real"
+    about = "As ours, balancing the real system, whose reduced form may have real poles."
     place = 61
-    changed: ClassVar[dict[str, Any]] = {"balance": "folded"}
+    changed: ClassVar[dict[str, Any]] = {"balance": "real"}
 
 
 class FoldedInfinite(Choice):
     name = "folded-infinite"
-    label = "folded, infinite horizon"
-    about = "The same with infinite-horizon Gramians."
-    place = 62
+    label = "infinite horizon"
+    about = "As ours, with infinite-horizon Gramians."
+    place = 60
     changed: ClassVar[dict[str, Any]] = {"balance": "folded", "horizon": None}
 
 

@@ -65,7 +65,8 @@ class CompreSSMCallback(Callback):
         share_state_dim: one dimension for all layers of a family.
         layers: glob patterns of module names to reduce; ``None`` for all.
         ignore: glob patterns of module names to leave alone.
-        balance: ``"auto"``, ``"real"``, ``"folded"`` or ``"complex"`` (as published).
+        balance: ``"real"``, ``"folded"`` or ``"complex"`` (as published); ``"auto"`` is folded,
+            which leaves no states with real poles, whose phases could not be trained.
         horizon: steps of time-limited Gramians, ``None`` for infinite (as published), ``"auto"``
             for the length of the training sequences.
         criterion: which states of selective layers stay: ``"averaged_lti"``, ``"empirical"``,
@@ -158,6 +159,7 @@ class CompreSSMCallback(Callback):
             criterion=criterion,
             refit=refit,
             max_output_error=max_output_error,
+            trained_on=True,
         )
         self.schedule = Schedule(window, every_n_epochs, every_n_steps)
         self._new_guard = partial(RollbackGuard, monitor, mode, max_degradation, rollback_dir)

@@ -59,7 +59,12 @@ class HankelMonitor(Callback):
     ) -> None:
         check_count("every_n_epochs", every_n_epochs)
         self.policy = ReductionPolicy(
-            tolerance=tolerance, layers=layers, ignore=ignore, balance=balance, horizon=horizon
+            tolerance=tolerance,
+            layers=layers,
+            ignore=ignore,
+            balance=balance,
+            horizon=horizon,
+            trained_on=True,
         )
         self.tolerance = tolerance
         self.every_n_epochs = every_n_epochs
