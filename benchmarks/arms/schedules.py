@@ -57,9 +57,7 @@ class Late(Schedule):
 class VeryLate(Schedule):
     name = "ours-late"
     label = "ours, after 40%"
-    about = (
-        "As ours, but after two fifths of the training: `window=(0.0, 0.4)`, one look at its end."
-    )
+    about = "As ours, but after two fifths of the training."
     place = 5
     choice = False
     start, end = 0.0, 0.4

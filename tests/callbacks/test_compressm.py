@@ -449,3 +449,10 @@ def test_surgery_error_names() -> None:
         compress(model, state_dim=4)
     assert model.first.d_state == 24
     assert issubclass(SurgeryError, Exception)
+
+
+@pytest.mark.parametrize(("balance", "form"), [("auto", "folded"), ("real", "real")])
+def test_a_layer_that_is_trained_on_is_folded(tmp_path: Any, balance: Any, form: str) -> None:
+    callback = CompreSSMCallback(state_dim=3, balance=balance, window=(0, 6), verbose=False)
+    trainer(tmp_path, callback).fit(Classifier(), loader())
+    assert {event["balance"] for event in callback.history} == {form}
