@@ -232,10 +232,13 @@ def write(comparison: Comparison, seconds: float) -> list[Path]:
     """The page, all numbers, and the pictures."""
     settings, results = comparison.settings, comparison.results()
     command = f"python -m benchmarks.compare --suite {settings.suite}"
-    report = Report(comparison.tasks, results, command, versions())
+    stem = f"compare-{settings.suite}"
+    report = Report(comparison.tasks, results, command, versions(), f"pictures/{stem}")
     folder = settings.output
-    folder.mkdir(parents=True, exist_ok=True)
     page = settings.page or folder / f"{settings.suite}.md"
+    pictures = page.parent / "pictures"
+    for place in (folder, pictures):
+        place.mkdir(parents=True, exist_ok=True)
     page.write_text(make_page(report), encoding="utf-8")
     numbers = folder / f"{settings.suite}.json"
     content = {
@@ -246,7 +249,7 @@ def write(comparison: Comparison, seconds: float) -> list[Path]:
         "results": [result.to_dict() for result in results],
     }
     numbers.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    return [page, numbers, *draw_all(report, folder, settings.suite)]
+    return [page, numbers, *draw_all(report, pictures, stem)]
 
 
 def main(arguments: Iterable[str] | None = None) -> int:

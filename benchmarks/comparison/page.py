@@ -44,12 +44,14 @@ class Report:
         results: Of all tasks, arms and seeds.
         command: That made them.
         versions: Of the packages.
+        pictures: Where they lie, relative to the page, up to the task's name; None for none.
     """
 
     tasks: Sequence[CompareTask]
     results: Sequence[Result]
     command: str
     versions: dict[str, str]
+    pictures: str | None = None
 
     @property
     def seeds(self) -> list[int]:
@@ -103,6 +105,8 @@ training time spent in looks and reductions. Versions: {versions}.
 
 def _task_section(report: Report, task: CompareTask) -> str:
     lines = [f"### {task.title}\n", f"`{task.name}`: {_recipe(task)}\n"]
+    if report.pictures:
+        lines.append(f"![{task.title}]({report.pictures}-{task.name}.png)\n")
     free = [r for arm in report.arms if arm.own_size for r in _rows_of(report, task, arm, None)]
     lines.append(markdown_table(HEADER, free))
     for size in task.sizes:

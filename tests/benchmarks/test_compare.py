@@ -278,7 +278,8 @@ def test_smoke_suite_and_its_resumption(tmp_path: Path, monkeypatch: pytest.Monk
         assert {arm for name, arm in arms_there if name == task.name} == expected
     page = (tmp_path / "smoke.md").read_text()
     assert all(arm.label in page for arm in all_arms().values())
-    assert (tmp_path / "smoke-digits.png").stat().st_size > 10_000
+    assert "(pictures/compare-smoke-digits.png)" in page
+    assert (tmp_path / "pictures/compare-smoke-digits.png").stat().st_size > 10_000
     assert compare.main(["--suite", "smoke", "--output", str(tmp_path)]) == 0
     assert "Everything is there already." in said.getvalue()
     assert (tmp_path / "smoke.md").read_text() == page
