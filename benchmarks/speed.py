@@ -161,8 +161,8 @@ def parse(arguments: Iterable[str] | None = None) -> Settings:
         parser.error(f"--threads must be at least 1, got {min(options.threads)}")
     if options.targets and options.suite != "full":
         parser.error("--targets belong to the sizes of --suite full; leave one of the two out")
-    if options.targets and {"layer", "analysis"} - set(options.parts):
-        parser.error("--targets are about --parts layer and analysis; measure both")
+    if options.targets and {"step", "layer", "selective", "analysis"} - set(options.parts):
+        parser.error("--targets are about --parts step, layer, selective and analysis; measure all")
     return Settings(
         options.suite,
         tuple(options.threads),

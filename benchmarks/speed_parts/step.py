@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.models import ResidualBlock
 from benchmarks.speed_parts.results import Ratio, Row, Section
-from benchmarks.speed_parts.suites import StepCase, Suite
+from benchmarks.speed_parts.suites import NEAR_FLOOR, StepCase, Suite
 from benchmarks.speed_parts.timing import Measure, Report, interleave, local
 from lightning_compressm.nn import LRU, S4D, S5, _fused
 from lightning_compressm.nn._bank import bank_chunk
@@ -164,14 +164,16 @@ def rows_of(case: StepCase, seconds: dict[str, list[float]]) -> list[Row]:
     for states in case.states:
         form, own = form_of(case, states), seconds[f"N={states}"]
         cells: dict[str, Ratio | str] = {} if form is None else {"form": form}
-        cells["/ no state"] = Ratio.of(own, seconds["no state"])
+        gain = dict(case.gains).get(states)
+        near = NEAR_FLOOR if gain is not None and case.layer == "LRU" else None
+        cells["/ no state"] = Ratio.of(own, seconds["no state"], near, at_most=True)
         forced = seconds.get(f"N={states} scan")
         if forced is not None:
             cells["scan / no state"] = Ratio.of(forced, seconds["no state"])
         elif case.layer in CHUNKED:
             cells["scan / no state"] = "the same"
         if states != largest:
-            cells["largest N / this"] = Ratio.of(seconds[f"N={largest}"], own)
+            cells["largest N / this"] = Ratio.of(seconds[f"N={largest}"], own, gain)
         if states != largest and f"N={largest} scan" in seconds:
             cells["the same, as scans"] = Ratio.of(seconds[f"N={largest} scan"], forced or own)
         raw = {"step": own, "no state": seconds["no state"]}

@@ -127,6 +127,9 @@ def test_targets_are_where_they_were_promised() -> None:
     assert [case.target for case in FULL.layers] == [20, 5, 4]
     assert [case.target for case in FULL.analysis if case.states == 384] == [2.5]
     assert FULL.share.target == 0.01
+    assert [case.target for case in FULL.selective] == [50]
+    gains = [(case.states[0], *gain) for case in FULL.steps for gain in case.gains]
+    assert gains == [(256, 16, 3.5), (256, 16, 3.5), (384, 93, 1.6), (384, 32, 3.0), (128, 12, 6.5)]
     assert not any(case.target for case in (*QUICK.layers, *QUICK.analysis, QUICK.share))
 
 
