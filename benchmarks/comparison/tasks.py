@@ -149,15 +149,15 @@ TASKS = {
         ),
         CompareTask(
             "pathfinder", "Pathfinder, 12 x 12 pixels, 144 steps, two blocks", "linear",
-            _pathfinder, _classifier(blocks=2), 1000, 64, (8, 4),
+            _pathfinder, _classifier(blocks=2), 1000, 64, (4,),
         ),
         CompareTask(
             "listops", "ListOps, up to 32 tokens, two blocks", "linear",
-            _listops, _classifier(blocks=2), 1500, 64, (8, 4),
+            _listops, _classifier(blocks=2), 1500, 64, (4,),
         ),
         CompareTask(
             "recall-mamba", "Associative recall, 8 pairs in 24 steps, two Mamba layers",
-            "selective", _recall, _recaller("mamba1", 5e-3), 1500, 32, (8, 4), clip=1.0,
+            "selective", _recall, _recaller("mamba1", 5e-3), 1500, 32, (4,), clip=1.0,
         ),
         CompareTask(
             "recall-mamba2", "The same, two Mamba-2 layers", "selective",
