@@ -225,7 +225,9 @@ def _largest_fit(projected: Tensor, order: int) -> tuple[Tensor, Tensor]:
     if size >= _PREDICTED and bool(torch.isfinite(single).all()):
         likely, needed = _first_fit(single, order)
         eigenvalues, vectors = _eigen(projected[:likely, :likely])
-        if _states(eigenvalues) == needed:
+        # With room for more, single precision may have seen pairs as real.
+        fits = _states(eigenvalues) == needed and (likely == size or needed >= order - 1)
+        if fits:
             return eigenvalues, vectors
     while True:
         eigenvalues, vectors = _eigen(projected[:size, :size])

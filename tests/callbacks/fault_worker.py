@@ -69,7 +69,7 @@ def _twins() -> Classifier:
 SETUPS: dict[str, tuple[Any, dict[str, Any]]] = {
     "linear": (lambda: Classifier("adamw"), {"state_dim": 6}),
     "short": (lambda: Classifier("adamw"), {"state_dim": 6, "horizon": 4}),
-    "twins": (_twins, {"state_dim": 6, "horizon": None}),
+    "twins": (_twins, {"state_dim": 6, "horizon": None, "balance": "real"}),
     "both": (lambda: Classifier("adamw"), {"state_dim": 6, "layers": None}),
     "manual": (Manual, {"state_dim": 6, "window": (0, 4)}),
     "selective": (Selective, {"state_dim": 6}),

@@ -292,3 +292,31 @@ def test_cuda_gives_the_cpus_result(balance, horizon, ports):
         rtol=1e-6,
         atol=1e-7,
     )
+
+
+def fit_step_by_step(matrix, order):
+    """Size of the first leading block that fits, by eigenvalues in double precision alone."""
+    size = len(matrix)
+    while True:
+        states = int((torch.linalg.eigvals(matrix[:size, :size]).imag >= 0).sum())
+        if states <= order:
+            return size
+        size -= states - order
+
+
+@pytest.mark.parametrize("order", [70, 75, 90, 100, 130])
+@pytest.mark.parametrize("kind", ["random", "ill-conditioned pairs"])
+def test_the_block_that_fits_is_that_of_double_precision(kind, order):
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(140, 140, generator=generator, dtype=torch.float64)
+    if kind == "random":
+        matrix = 0.05 * matrix
+    else:  # 6e-5 apart: single precision can't tell them from complex pairs
+        pair = torch.tensor([[0.0, 1.0], [1e-9, 0.0]], dtype=torch.float64)
+        pairs = [pair + a * torch.eye(2) for a in torch.linspace(-0.9, 0.9, 70).double()]
+        basis = torch.linalg.qr(matrix).Q
+        matrix = basis @ torch.block_diag(*pairs) @ basis.mT
+    found = len(_modal._largest_fit(matrix, order)[0])
+    wanted = fit_step_by_step(matrix, order)
+    # Rounding decides whether such a pair is complex, so the way down may differ by a step.
+    assert found == wanted if kind == "random" else abs(found - wanted) <= 1
