@@ -228,10 +228,24 @@ def parse(arguments: Iterable[str] | None = None) -> Settings:
     )
 
 
+def command_of(settings: Settings) -> str:
+    """What makes the same figures.
+
+    Example:
+        >>> command_of(Settings("cpu", seeds=(0, 1)))
+        'python -m benchmarks.compare --suite cpu --seeds 0 1'
+    """
+    words = ["python -m benchmarks.compare --suite", settings.suite]
+    for option in ("tasks", "arms", "seeds"):
+        chosen = getattr(settings, option)
+        words += [f"--{option}", *map(str, chosen)] if chosen else []
+    return " ".join(words)
+
+
 def write(comparison: Comparison, seconds: float) -> list[Path]:
     """The page, all numbers, and the pictures."""
     settings, results = comparison.settings, comparison.results()
-    command = f"python -m benchmarks.compare --suite {settings.suite}"
+    command = command_of(settings)
     stem = f"compare-{settings.suite}"
     report = Report(comparison.tasks, results, command, versions(), f"pictures/{stem}")
     folder = settings.output
