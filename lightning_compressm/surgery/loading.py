@@ -184,6 +184,8 @@ def load_compressed(model: ModuleT, checkpoint: str | PathLike[str] | Mapping[st
 
 
 def _state_dict_of(checkpoint: str | PathLike[str] | Mapping[str, Any]) -> Mapping[str, Any]:
+    if isinstance(checkpoint, int):  # open() would take it for a file descriptor, and close it
+        raise CheckpointError(f"expected a path or a mapping of tensors, got {checkpoint!r}.")
     if not isinstance(checkpoint, Mapping):
         try:
             _check_sums(checkpoint)

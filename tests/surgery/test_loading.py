@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 from copy import deepcopy
 from pathlib import Path
@@ -366,6 +367,14 @@ def test_corrupt_files(write: Any, message: str, tmp_path: Path):
 def test_things_that_are_no_checkpoint(thing: Any):
     with pytest.raises(CheckpointError):
         load_compressed(_net(10), thing)
+
+
+def test_a_number_is_no_file_to_close():
+    reading, writing = os.pipe()
+    with pytest.raises(CheckpointError, match="expected a path"):
+        load_compressed(_net(10), reading)  # type: ignore[arg-type]
+    os.close(writing)
+    os.close(reading)
 
 
 _FULL = {n: p.detach().clone() for n, p in _net(6).named_parameters()}
