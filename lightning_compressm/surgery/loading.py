@@ -278,12 +278,22 @@ def _resize_plan(
 
 
 def _fits(model: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> bool:
-    """Whether all that is there, of what the model has, can be copied into it."""
-    return not any(
-        f"{prefix}{name}" in state_dict
-        and getattr(state_dict[f"{prefix}{name}"], "shape", None) != tensor.shape
-        for name, tensor in _tensors_in(model.state_dict())
-    ) and not any(_lost_parts(model, _saved(state_dict, prefix), prefix))
+    """Whether all that is there, of what the model has, can be copied or assigned to it."""
+    for name, tensor in _tensors_in(model.state_dict()):
+        key = f"{prefix}{name}"
+        if key not in state_dict:
+            continue
+        value = state_dict[key]
+        if getattr(value, "shape", None) != tensor.shape:
+            return False
+        # Whole numbers can be copied into a parameter, but not take its place (`assign=True`).
+        if isinstance(value, Tensor) and _trainable(tensor) and not _trainable(value):
+            return False
+    return not any(_lost_parts(model, _saved(state_dict, prefix), prefix))
+
+
+def _trainable(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _lost_parts(module: nn.Module, saved: Mapping[str, Any], prefix: str) -> Iterator[str]:
