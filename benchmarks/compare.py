@@ -8,6 +8,7 @@ new arm is all that a second call trains.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -89,7 +90,7 @@ class Comparison:
     def seeds(self) -> tuple[int, ...]:
         return self.settings.seeds or self.suite.seeds
 
-    @property
+    @functools.cached_property
     def arms(self) -> list[str]:
         wanted = self.settings.arms
         return [a for a in self.suite.arms() if not wanted or a in wanted or a == FULL]

@@ -7,14 +7,13 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import lightning as L
-import torch
 from torch import Tensor, nn
 
 from benchmarks.comparison.bench import Bench, TimedCompreSSM
-from benchmarks.comparison.tasks import CompareTask
-from lightning_compressm import find_ssm_layers
+from benchmarks.comparison.tasks import WINDOW_END, CompareTask, LayerKind
+from lightning_compressm import compress, find_ssm_layers
+from lightning_compressm.families import Family
 from lightning_compressm.surgery.apply import apply_plan
-from lightning_compressm.surgery.plan import SurgeryPlan, TensorEdit, take
 
 
 class Arm(ABC):
@@ -25,6 +24,7 @@ class Arm(ABC):
         label: In tables and pictures.
         about: A sentence about it for the results page.
         place: Where it stands in tables; smaller numbers first.
+        kinds: Of layers that it can deal with.
         one_training: One training serves all sizes, and `cut` makes them out of copies of it.
         needs_full: Begins when the full model is trained.
         own_size: Chooses its number of states itself: trained once, not cut.
@@ -35,6 +35,7 @@ class Arm(ABC):
     label: ClassVar[str]
     about: ClassVar[str]
     place: ClassVar[int] = 50
+    kinds: ClassVar[tuple[LayerKind, ...]] = ("linear", "selective")
     one_training: ClassVar[bool] = False
     needs_full: ClassVar[bool] = False
     own_size: ClassVar[bool] = False
@@ -42,7 +43,7 @@ class Arm(ABC):
 
     def suits(self, task: CompareTask) -> bool:
         """Whether it can do the task."""
-        return True
+        return task.kind in self.kinds
 
     @abstractmethod
     def train(self, bench: Bench, size: int | None) -> L.LightningModule:
@@ -54,7 +55,13 @@ class Arm(ABC):
 
 
 class InTraining(Arm):
-    """Reduce once, after a tenth of the training; subclasses say how."""
+    """Reduce in training; subclasses say how.
+
+    Attributes:
+        share: Of the training, after which the reduction comes.
+    """
+
+    share: ClassVar[float] = WINDOW_END
 
     def options(self, task: CompareTask) -> dict[str, Any]:
         """Arguments of the callback."""
@@ -62,7 +69,8 @@ class InTraining(Arm):
 
     def schedule(self, task: CompareTask, size: int) -> dict[str, Any]:
         """Arguments of the callback that say when, and how far."""
-        return {"state_dim": size, "window": (0, task.look), "every_n_steps": task.look}
+        step = task.step_at(self.share)
+        return {"state_dim": size, "window": (0, step), "every_n_steps": step}
 
     def train(self, bench: Bench, size: int | None) -> L.LightningModule:
         assert size is not None
@@ -89,22 +97,23 @@ class AfterTraining(Arm):
         return bench.full()
 
 
-def keep_states(module: nn.Module, choose: Callable[[Any, nn.Module], Tensor], size: int) -> None:
-    """Keep the `size` states of each layer that `choose` scores highest, exactly as they are.
+def keep_states(module: nn.Module, score: Callable[[Family, nn.Module], Tensor], size: int) -> None:
+    """Keep the `size` states of each linear layer with the highest scores, exactly as they are.
 
     Args:
-        module: Any with SSM layers.
-        choose: Called with a layer's family and the layer; scores (N,).
+        module: Any with SSM layers, all of them linear.
+        score: Called with a layer's family and the layer; scores (N,).
         size: States to keep.
     """
     for layer in find_ssm_layers(module).values():
-        index = choose(layer.family, layer.module).topk(size).indices.sort().values
-        edits = {
-            name: TensorEdit(take(layer.module.get_parameter(name).detach(), dim, entries))
-            for name, (dim, entries) in layer.family.entries(layer.module, index).items()
-        }
-        attributes = layer.family.attributes(layer.module, size)
-        apply_plan(layer.module, SurgeryPlan(edits, attributes))
+        assert isinstance(layer.family, Family)
+        index = score(layer.family, layer.module).topk(size).indices.sort().values
+        apply_plan(layer.module, layer.family.kept_plan(layer.module, index))
+
+
+def cut_by_compress(bench: Bench, module: nn.Module, size: int, **options: Any) -> None:
+    """`compress()` to exactly so many states, calibrated on training batches."""
+    compress(module, state_dim=size, sample=bench.sample(), max_output_error=None, **options)
 
 
 def change_loss(
@@ -124,10 +133,3 @@ def change_loss(
 
     module.training_step = training_step  # type: ignore[method-assign]
     return lambda: vars(module).__delitem__("training_step")
-
-
-@torch.no_grad()
-def logits_of(module: L.LightningModule, inputs: Tensor) -> Tensor:
-    """What a trained network says, without gradients."""
-    logits: Tensor = module(inputs)
-    return logits

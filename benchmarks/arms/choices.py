@@ -12,10 +12,8 @@ class Choice(InTraining):
     """Ours with one thing changed; linear layers."""
 
     choice = True
-    changed: ClassVar[dict[str, Any]]
-
-    def suits(self, task: CompareTask) -> bool:
-        return task.kind == "linear"
+    kinds = ("linear",)
+    changed: ClassVar[dict[str, Any]] = {}
 
     def options(self, task: CompareTask) -> dict[str, Any]:
         return self.changed

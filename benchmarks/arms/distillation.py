@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.arms._base import Arm, change_loss, logits_of
+from benchmarks.arms._base import Arm, change_loss
 from benchmarks.comparison.bench import Bench
 from benchmarks.data.mqar import IGNORED
 
@@ -36,8 +37,9 @@ class Distillation(Arm):
 
         def with_teacher(loss: Tensor, batch: Any) -> Tensor:
             inputs, targets = batch
-            apart = divergence(latest[0], logits_of(teacher, inputs), targets)
-            return (1 - _SHARE) * loss + _SHARE * apart
+            with torch.no_grad():
+                answers = teacher(inputs)
+            return (1 - _SHARE) * loss + _SHARE * divergence(latest[0], answers, targets)
 
         network = student.get_submodule("model")
         listening = network.register_forward_hook(remember)

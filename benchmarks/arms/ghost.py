@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import lightning as L
 
-from benchmarks.arms._base import AfterTraining
+from benchmarks.arms._base import AfterTraining, cut_by_compress
 from benchmarks.comparison.bench import Bench
-from benchmarks.comparison.tasks import CompareTask
-from lightning_compressm import compress
 
 
 class Ghost(AfterTraining):
@@ -19,16 +17,7 @@ class Ghost(AfterTraining):
         "Selective layers only."
     )
     place = 12
-
-    def suits(self, task: CompareTask) -> bool:
-        return task.kind == "selective"
+    kinds = ("selective",)
 
     def cut(self, bench: Bench, module: L.LightningModule, size: int) -> None:
-        compress(
-            module,
-            state_dim=size,
-            sample=bench.sample(),
-            criterion="empirical",
-            refit=False,
-            max_output_error=None,
-        )
+        cut_by_compress(bench, module, size, criterion="empirical", refit=False)

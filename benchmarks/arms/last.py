@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import lightning as L
 from torch import Tensor, nn
 
 from benchmarks.arms._base import AfterTraining, keep_states
 from benchmarks.comparison.bench import Bench
-from benchmarks.comparison.tasks import CompareTask
+from lightning_compressm.families import Family
 
 
 class Last(AfterTraining):
@@ -21,15 +19,13 @@ class Last(AfterTraining):
         "all layers, so nothing is normalised between them). Linear layers only."
     )
     place = 11
-
-    def suits(self, task: CompareTask) -> bool:
-        return task.kind == "linear"
+    kinds = ("linear",)
 
     def cut(self, bench: Bench, module: L.LightningModule, size: int) -> None:
         keep_states(module, infinity_norms, size)
 
 
-def infinity_norms(family: Any, layer: nn.Module) -> Tensor:
+def infinity_norms(family: Family, layer: nn.Module) -> Tensor:
     """Largest gain of every state by itself over all frequencies, (N,)."""
     system = family.system(layer)
     gains = system.B.norm(dim=-1) * system.C.norm(dim=-2) / (1 - system.eigenvalues.abs())

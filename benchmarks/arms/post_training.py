@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import lightning as L
 
-from benchmarks.arms._base import AfterTraining
+from benchmarks.arms._base import AfterTraining, cut_by_compress
 from benchmarks.comparison.bench import Bench
-from lightning_compressm import compress
 
 
 class PostTraining(AfterTraining):
@@ -16,4 +15,4 @@ class PostTraining(AfterTraining):
     place = 10
 
     def cut(self, bench: Bench, module: L.LightningModule, size: int) -> None:
-        compress(module, state_dim=size, sample=bench.sample(), max_output_error=None)
+        cut_by_compress(bench, module, size)

@@ -16,9 +16,7 @@ class Published(InTraining):
         "optimizer's moments sliced (arXiv 2510.02823). Linear layers only."
     )
     place = 2
-
-    def suits(self, task: CompareTask) -> bool:
-        return task.kind == "linear"
+    kinds = ("linear",)
 
     def options(self, task: CompareTask) -> dict[str, Any]:
         return {"balance": "complex", "horizon": None, "optimizer_state": "truncate"}

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import lightning as L
 
-from benchmarks.arms._base import Arm, change_loss
+from benchmarks.arms._base import Arm, change_loss, cut_by_compress
 from benchmarks.comparison.bench import Bench
-from benchmarks.comparison.tasks import CompareTask
-from lightning_compressm import HankelRegularizer, compress
+from lightning_compressm import HankelRegularizer
 
 # The penalty that training starts with, in units of the cross-entropy.
 _SHARE = 0.1
@@ -22,10 +21,8 @@ class Regularized(Arm):
         "(cf. arXiv 2510.22951). Linear layers only."
     )
     place = 21
+    kinds = ("linear",)
     one_training = True
-
-    def suits(self, task: CompareTask) -> bool:
-        return task.kind == "linear"
 
     def train(self, bench: Bench, size: int | None) -> L.LightningModule:
         module = bench.fresh()
@@ -37,4 +34,4 @@ class Regularized(Arm):
         return module
 
     def cut(self, bench: Bench, module: L.LightningModule, size: int) -> None:
-        compress(module, state_dim=size, sample=bench.sample(), max_output_error=None)
+        cut_by_compress(bench, module, size)

@@ -92,19 +92,16 @@ class Bench:
 
     def fit(self, module: L.LightningModule, callbacks: Sequence[L.Callback] = ()) -> None:
         """Train for the task's steps, timed, taking turns with the other arms."""
+        reducing = [callback for callback in callbacks if isinstance(callback, TimedCompreSSM)]
         # The watcher comes last, so that the callbacks' work is timed.
-        own = [*callbacks, _AfterCut(self), self._watcher]
+        own = [*callbacks, *(_AfterCut(self, callback) for callback in reducing), self._watcher]
         make_trainer(self.task.steps, own, clip=self.task.clip).fit(module, self._data)
-        for callback in callbacks:
-            if isinstance(callback, TimedCompreSSM):
-                self.measured.analysis += callback.seconds
+        self.measured.analysis += sum(callback.seconds for callback in reducing)
 
     def full(self) -> L.LightningModule:
         """A copy of the trained full model, whose time is charged."""
         trained = self._full.result()
         self.measured.borrowed = trained.cpu
-        if not self._data.splits:
-            self._data.setup()
         return copy.deepcopy(trained.module)
 
     def sample(self) -> list[Tensor]:
@@ -183,12 +180,13 @@ class _Watcher(TimedTurns):
 class _AfterCut(L.Callback):
     """Test right after every reduction, before anything is trained further."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: Bench, callback: CompreSSMCallback) -> None:
         self.bench = bench
-        self.dims: list[int] = []
+        self.callback = callback
+        self.dims: dict[str, int] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.dims = state_dims(pl_module)
+        self.dims = self.callback.state_dims
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._test(pl_module)
@@ -204,8 +202,8 @@ class _AfterCut(L.Callback):
         self._test(pl_module)
 
     def _test(self, module: L.LightningModule) -> None:
-        with self.bench.untimed():
-            dims = state_dims(module)
-            if dims != self.dims:
-                self.dims = dims
+        dims = self.callback.state_dims
+        if dims != self.dims:
+            self.dims = dims
+            with self.bench.untimed():
                 self.bench.measured.after_cut.append(evaluate(module, self.bench.data)[0])

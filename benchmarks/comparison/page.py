@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean
@@ -57,7 +58,7 @@ class Report:
     def seeds(self) -> list[int]:
         return sorted({r.seed for r in self.results})
 
-    @property
+    @functools.cached_property
     def arms(self) -> list[Arm]:
         """Those with results."""
         there = {r.arm for r in self.results}

@@ -57,7 +57,11 @@ class CompareTask:
     @property
     def look(self) -> int:
         """The step after which reductions come."""
-        return max(1, round(WINDOW_END * self.steps))
+        return self.step_at(WINDOW_END)
+
+    def step_at(self, share: float) -> int:
+        """The step after which so much of the training is over, at least 1."""
+        return max(1, round(share * self.steps))
 
     def build(
         self, seed: int, d_state: int | None = None

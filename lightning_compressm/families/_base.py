@@ -111,11 +111,15 @@ class FamilyBase(ABC):
         Only the shapes matter: leading states are kept, new ones repeat the last.
         """
         index = torch.arange(state_dim).clamp_(max=self.state_dim(module) - 1)
+        return self.kept_plan(module, index)
+
+    def kept_plan(self, module: nn.Module, index: Tensor) -> SurgeryPlan:
+        """The plan that leaves the states in ``index``, shape (r,), exactly as they are."""
         edits = {}
         for name, (dim, entries) in self.entries(module, index).items():
             tensor = tensor_of(module, name).detach()
             edits[name] = TensorEdit(take(tensor, dim, entries))
-        return SurgeryPlan(edits, self.attributes(module, state_dim))
+        return SurgeryPlan(edits, self.attributes(module, len(index)))
 
 
 class Family(FamilyBase):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_compressm.nn import S4D, s4d
 from lightning_compressm.nn._bank import bank_chunk, chunked_bank
 from tests.nn._reference import relative_error
+from tests.nn.chunks import SIZES, assert_same_with_gradients
 
 CHUNKED = {"batch": 4, "length": 300, "states": 5}
 
@@ -29,28 +29,16 @@ def step_by_step(layer: S4D, inputs: Tensor) -> Tensor:
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    batch=st.integers(1, 3),
-    length=st.integers(1, 40),
-    width=st.integers(1, 4),
-    states=st.integers(1, 6),
-    chunk=st.integers(1, 20),
-)
+@given(**SIZES)
 def test_any_chunk_gives_the_equations(
     batch: int, length: int, width: int, states: int, chunk: int
 ) -> None:
     torch.manual_seed(0)
     layer = S4D(width, states, dtype=torch.float64)
     inputs = torch.randn(batch, length, width, dtype=torch.float64, requires_grad=True)
-    wanted = [inputs, *layer.parameters()]
     expected = step_by_step(layer, inputs)
     actual = in_chunks(layer, inputs, chunk)
-    assert relative_error(actual, expected) < 1e-11
-    weight = torch.randn_like(expected)
-    gradients = torch.autograd.grad(actual, wanted, weight)
-    references = torch.autograd.grad(expected, wanted, weight)
-    for gradient, reference in zip(gradients, references, strict=True):
-        assert relative_error(gradient, reference) < 1e-10
+    assert_same_with_gradients(actual, expected, [inputs, *layer.parameters()])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

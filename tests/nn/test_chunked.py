@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_compressm.nn import LRU, _fused
 from lightning_compressm.nn._chunked import best_chunk, chunked_diagonal
 from tests.nn._reference import naive_lru, relative_error
+from tests.nn.chunks import SIZES, assert_same_with_gradients
 
 
 def parts(layer: LRU, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -19,28 +19,16 @@ def parts(layer: LRU, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    batch=st.integers(1, 3),
-    length=st.integers(1, 40),
-    width=st.integers(1, 4),
-    states=st.integers(1, 6),
-    chunk=st.integers(1, 20),
-)
+@given(**SIZES)
 def test_any_chunk_gives_the_equations(
     batch: int, length: int, width: int, states: int, chunk: int
 ) -> None:
     torch.manual_seed(0)
     layer = LRU(width, states, dtype=torch.float64)
     inputs = torch.randn(batch, length, width, dtype=torch.float64, requires_grad=True)
-    wanted = [inputs, *layer.parameters()]
     expected = naive_lru(layer, inputs)
     actual = chunked_diagonal(chunk, inputs, *parts(layer, torch.float64))
-    assert relative_error(actual, expected) < 1e-11
-    weight = torch.randn_like(expected)
-    gradients = torch.autograd.grad(actual, wanted, weight)
-    references = torch.autograd.grad(expected, wanted, weight)
-    for gradient, reference in zip(gradients, references, strict=True):
-        assert relative_error(gradient, reference) < 1e-10
+    assert_same_with_gradients(actual, expected, [inputs, *layer.parameters()])
 
 
 @pytest.mark.parametrize(("radius", "tolerance"), [(0.999, 5e-5), (0.99999, 5e-3)])
