@@ -70,6 +70,8 @@ class HankelRegularizer:
     def __call__(self, model: nn.Module) -> Tensor:
         """The penalty, a scalar in single precision (double for a double precision model).
 
+        It is on the first layer's device.
+
         Raises:
             UnsupportedLayerError: for a layer without a linear system, or one whose family does
                 not let gradients through.
@@ -77,7 +79,9 @@ class HankelRegularizer:
             NonFiniteError: if a parameter is NaN or infinite.
         """
         selected = select_layers(model, self.layers, self.ignore).values()
-        return self.weight * torch.stack([self._energy(layer) for layer in selected]).sum()
+        energies = [self._energy(layer) for layer in selected]
+        # The layers of one model may be on several devices.
+        return self.weight * torch.stack([e.to(energies[0].device) for e in energies]).sum()
 
     def _energy(self, layer: SSMLayer) -> Tensor:
         """The sum of one layer's singular values, on the device and in the type of its loss."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import lightning as L
 
 from benchmarks.arms._base import Arm
@@ -14,9 +16,17 @@ class Defaults(Arm):
     about = "All defaults: every look in the first tenth may discard 5% of a layer's Hankel energy."
     place = 4
     own_size = True
+    options: ClassVar[dict[str, Any]] = {}
 
     def train(self, bench: Bench, size: int | None) -> L.LightningModule:
         module = bench.fresh()
         # An epoch can be longer than the window: then there is one look, at its end.
-        bench.fit(module, [TimedCompreSSM(verbose=False)])
+        bench.fit(module, [TimedCompreSSM(verbose=False, **self.options)])
         return module
+
+
+class DefaultsLate(Defaults):
+    name = "defaults-late"
+    label = "the same, 30% to 40%"
+    about = "All defaults, but `window=(0.3, 0.4)`."
+    options: ClassVar[dict[str, Any]] = {"window": (0.3, 0.4)}

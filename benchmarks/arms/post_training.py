@@ -16,3 +16,17 @@ class PostTraining(AfterTraining):
 
     def cut(self, bench: Bench, module: L.LightningModule, size: int) -> None:
         cut_by_compress(bench, module, size)
+
+
+class PublishedAfterTraining(PostTraining):
+    name = "post-training-published"
+    label = "the same, as published"
+    about = (
+        "The trained full model cut by complex balancing with infinite horizon; no training after "
+        "it. Linear layers only."
+    )
+    place = 11
+    kinds = ("linear",)
+
+    def cut(self, bench: Bench, module: L.LightningModule, size: int) -> None:
+        cut_by_compress(bench, module, size, balance="complex", horizon=None)

@@ -73,6 +73,7 @@ def make_page(report: Report) -> str:
         *(_task_section(report, task) for task in report.tasks),
         verdicts.claims(report.tasks, report.results),
         verdicts.differences(report.tasks, report.results),
+        verdicts.later(report.tasks, report.results),
         verdicts.settling(report.tasks, report.results),
         verdicts.where_it_does_not_help(report.tasks, report.results),
         _arms_section(report.arms),

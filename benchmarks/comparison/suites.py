@@ -46,7 +46,7 @@ SUITES = {
         ),
         Suite(
             "choices", "what the package's defaults are chosen by: variants of ours",
-            _all("digits", "delay", "pathfinder"), (0, 1, 2, 3, 4),
+            _all("digits", "delay", "pathfinder", "listops"), (0, 1, 2, 3, 4),
             lambda arm: arm.choice or arm.name in ("full", "small", "ours"),
         ),
         Suite(

@@ -21,25 +21,32 @@ from benchmarks.comparison.tasks import CompareTask
 from benchmarks.comparison.unit import FULL, SMALL, Result
 from benchmarks.tables import markdown_table
 
-OURS, PUBLISHED, DEFAULTS = "ours", "published", "defaults"
-# Against whom, by which value, and what that is called.
-COMPARISONS: tuple[tuple[str, Value, str], ...] = (
-    (PUBLISHED, accuracy, "CompreSSM as published"),
-    (PUBLISHED, after_cut, "the same, right after the cut"),
-    (SMALL, accuracy, "small from scratch"),
-    ("distillation", accuracy, "distillation"),
-    ("post-training", accuracy, "post-training truncation"),
-    ("regularizer", accuracy, "HSV regularisation"),
+OURS, PUBLISHED, DEFAULTS, LATER = "ours", "published", "defaults", "defaults-late"
+POST_TRAINING = "post-training"
+# Which of ours, against whom, by which value, and what that is called.
+COMPARISONS: tuple[tuple[str, str, Value, str], ...] = (
+    (OURS, PUBLISHED, accuracy, "CompreSSM as published"),
+    (OURS, PUBLISHED, after_cut, "the same, right after the cut"),
+    (POST_TRAINING, f"{POST_TRAINING}-published", accuracy, "the same, trained networks cut"),
+    (OURS, SMALL, accuracy, "small from scratch"),
+    (OURS, "distillation", accuracy, "distillation"),
+    (OURS, POST_TRAINING, accuracy, "post-training truncation"),
+    (OURS, "regularizer", accuracy, "HSV regularisation"),
 )
 Results = Sequence[Result]
 Tasks = Sequence[CompareTask]
 
 
 def compare(
-    results: Results, task: CompareTask, size: int, other: str, value: Value
+    results: Results,
+    task: CompareTask,
+    size: int | None,
+    other: str,
+    value: Value,
+    one: str = OURS,
 ) -> Difference | None:
-    """Ours minus another arm at one size."""
-    ours, theirs = (select(results, task=task.name, arm=a, size=size) for a in (OURS, other))
+    """One arm minus another at one size."""
+    ours, theirs = (select(results, task=task.name, arm=a, size=size) for a in (one, other))
     return difference(ours, theirs, value)
 
 
@@ -48,7 +55,7 @@ def differences(tasks: Tasks, results: Results) -> str:
     rows = []
     for task in tasks:
         for size in task.sizes:
-            found = [compare(results, task, size, other, v) for other, v, _ in COMPARISONS]
+            found = [compare(results, task, size, o, v, one) for one, o, v, _ in COMPARISONS]
             if any(found):
                 rows.append((f"{task.name}, {size}", *(points(d) for d in found)))
     if not rows:
@@ -56,7 +63,35 @@ def differences(tasks: Tasks, results: Results) -> str:
     header = ("task, states", *(label for *_, label in COMPARISONS))
     return (
         "## Ours against the others\n\nPoints of test accuracy, ours minus the other arm, mean "
-        "over the seeds ± standard error. **Bold**: more than two standard errors.\n\n"
+        "over the seeds ± standard error. **Bold**: more than two standard errors. Trained "
+        "networks cut: both forms of truncation after the full training, none after them.\n\n"
+        + markdown_table(header, rows)
+    )
+
+
+def later(tasks: Tasks, results: Results) -> str:
+    """All defaults in a later window against all defaults."""
+    rows = []
+    for task in tasks:
+        gap = compare(results, task, None, DEFAULTS, accuracy, LATER)
+        if gap is None:
+            continue
+        runs = [select(results, task=task.name, arm=arm, size=None) for arm in (DEFAULTS, LATER)]
+        rows.append(
+            (
+                f"{task.name}, {task.d_state}",
+                *(f"{mean(mean(r.states) for r in group):.0f}" for group in runs),
+                points(gap),
+                *(median_and_range(values_of(group, time_to_full)) for group in runs),
+            )
+        )
+    if not rows:
+        return ""
+    header = ("task, states", "left", "left, later", "points", "time / full", "time / full, later")
+    return (
+        "## The default window and a later one\n\nAll defaults, and the same with "
+        "`window=(0.3, 0.4)`: mean states of a layer that are left by the same tolerance, test "
+        "accuracy of later minus default (as in the table before), and training time.\n\n"
         + markdown_table(header, rows)
     )
 
@@ -177,7 +212,7 @@ def _losses(results: Results, task: CompareTask) -> Iterable[str]:
     for size in task.sizes:
         where = f"`{task.name}`, {size} states"
         for other, label in ((SMALL, "small from scratch"), ("distillation", "distillation"),
-                             ("post-training", "post-training truncation")):  # fmt: skip
+                             (POST_TRAINING, "post-training truncation")):  # fmt: skip
             gap = compare(results, task, size, other, accuracy)
             if gap is None or gap.verdict in ("better", "one seed"):
                 continue

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import os
+import signal
+import subprocess
 import sys
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -263,6 +267,52 @@ def test_the_page_says_where_nothing_is_won() -> None:
 def test_arguments_that_can_not_be_meant(arguments: list[str]) -> None:
     with pytest.raises(SystemExit):
         compare.parse(arguments)
+
+
+PARENT = """
+import multiprocessing, os, time
+from concurrent.futures import ProcessPoolExecutor
+from benchmarks import compare
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(1, context, compare.start)
+    print(pool.submit(os.getpid).result(), flush=True)
+    pool.submit(time.sleep, 600)
+    time.sleep(600)
+"""
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    environment = {**os.environ, "PYTHONPATH": str(Path(compare.__file__).parents[1])}
+    with subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment
+    ) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        parent.kill()
+        # The worker holds the pipe's other end too: it is read to its end when nobody is left.
+        with ThreadPoolExecutor(1) as pool:
+            rest = pool.submit(parent.stdout.read)
+            try:
+                assert rest.result(timeout=30) == ""
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker, signal.SIGKILL)
+
+
+def test_the_page_compares_the_default_window_with_a_later_one() -> None:
+    results = [
+        replace(result(arm, seed, value, size=None, cpu=cpu), states=[left, left + 2])
+        for seed in range(2)
+        for arm, value, left, cpu in (
+            ("defaults", 0.8, 30, 1.8), ("defaults-late", 0.9 + 0.01 * seed, 10, 1.6),
+        )
+    ]  # fmt: skip
+    page = make_page(Report([TINY], results, "a command", {"torch": "2"}))
+    assert "| digits, 128 | 31 | 11 | **+10.5 ± 0.5** | 0.90 (0.90 to 0.90) | 0.80" in page
 
 
 @pytest.mark.slow
