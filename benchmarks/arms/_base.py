@@ -72,6 +72,9 @@ class InTraining(Arm):
         step = task.step_at(self.share)
         return {"state_dim": size, "window": (0, step), "every_n_steps": step}
 
+    def prepare(self, bench: Bench, module: L.LightningModule) -> None:
+        """Called with the new network before it is trained."""
+
     def train(self, bench: Bench, size: int | None) -> L.LightningModule:
         assert size is not None
         callback = TimedCompreSSM(
@@ -83,6 +86,7 @@ class InTraining(Arm):
             **self.options(bench.task),
         )
         module = bench.fresh()
+        self.prepare(bench, module)
         bench.fit(module, [callback])
         return module
 

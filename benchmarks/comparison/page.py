@@ -73,6 +73,7 @@ def make_page(report: Report) -> str:
         *(_task_section(report, task) for task in report.tasks),
         verdicts.claims(report.tasks, report.results),
         verdicts.differences(report.tasks, report.results),
+        _choices(report),
         verdicts.later(report.tasks, report.results),
         verdicts.settling(report.tasks, report.results),
         verdicts.where_it_does_not_help(report.tasks, report.results),
@@ -154,6 +155,13 @@ def states(runs: Iterable[Result]) -> str:
     ranges = [(min(layer), max(layer)) for layer in layers]
     texts = [str(low) if low == high else f"{low}–{high}" for low, high in ranges]
     return texts[0] if len(set(texts)) == 1 else ", ".join(texts)
+
+
+def _choices(report: Report) -> str:
+    """Only where variants of ours are compared."""
+    if not any(arm.choice for arm in report.arms):
+        return ""
+    return verdicts.against_ours(report.tasks, report.results)
 
 
 def _arms_section(arms: Iterable[Arm]) -> str:

@@ -69,6 +69,30 @@ def differences(tasks: Tasks, results: Results) -> str:
     )
 
 
+def against_ours(tasks: Tasks, results: Results) -> str:
+    """Every arm that ends with a given size: its accuracy, and its difference to ours."""
+    columns = [(task, size) for task in tasks for size in task.sizes]
+    arms = dict.fromkeys(r.arm for r in sorted(results, key=lambda r: r.arm != OURS) if r.size)
+    rows = [
+        (f"`{arm}`", *(_accuracy_and_gap(results, task, size, arm) for task, size in columns))
+        for arm in arms
+    ]
+    return (
+        "## Every arm against ours\n\nMean test accuracy; in brackets points more than ours, "
+        "mean over the seeds ± standard error. **Bold**: more than two standard errors.\n\n"
+        + markdown_table(("arm", *(f"{task.name}, {size}" for task, size in columns)), rows)
+    )
+
+
+def _accuracy_and_gap(results: Results, task: CompareTask, size: int, arm: str) -> str:
+    runs = select(results, task=task.name, arm=arm, size=size)
+    if not runs:
+        return ""
+    text = f"{mean(values_of(runs, accuracy)):.3f}"
+    gap = compare(results, task, size, OURS, accuracy, arm) if arm != OURS else None
+    return f"{text} ({points(gap)})" if gap else text
+
+
 def later(tasks: Tasks, results: Results) -> str:
     """All defaults in a later window against all defaults."""
     rows = []

@@ -34,6 +34,7 @@ from benchmarks.comparison.tasks import TASKS, evaluate
 from benchmarks.comparison.unit import Result, jobs_of, run_unit
 from benchmarks.data.mqar import IGNORED
 from benchmarks.training import quiet
+from lightning_compressm import HankelRegularizer
 from lightning_compressm.control import DiagonalLTI
 from lightning_compressm.nn import LRU
 
@@ -128,6 +129,21 @@ def test_a_changed_loss_is_what_is_trained_until_it_is_taken_back() -> None:
     torch.manual_seed(1)
     assert changed == pytest.approx(module.training_step(batch, 0).item() + 50)
     assert isinstance(plain, torch.Tensor)
+
+
+def test_the_penalty_up_to_the_cut_ends_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet()
+    calls: list[int] = []
+    original = HankelRegularizer.__call__
+
+    def counted(penalty: HankelRegularizer, model: torch.nn.Module) -> torch.Tensor:
+        calls.append(1)
+        return original(penalty, model)
+
+    monkeypatch.setattr(HankelRegularizer, "__call__", counted)
+    (penalized,) = run_unit(TINY, 0, jobs_of(TINY, ["ours-penalized"]))
+    assert penalized.states == [4]
+    assert len(calls) == 1 + TINY.look, "once for its size, then in every step before the cut"
 
 
 # -- units -------------------------------------------------------------------------------------
@@ -256,6 +272,16 @@ def test_the_page_says_where_nothing_is_won() -> None:
     assert "small from scratch is as good, within noise" in page
     assert "training takes 0.95 of the full time" in page
     assert "| digits, 4 | **+9.0 ± 0.6** |" in page
+
+
+def test_variants_of_ours_are_compared_in_one_table() -> None:
+    results = [
+        result(arm, seed, value)
+        for seed in range(2)
+        for arm, value in (("early", 0.7 + 0.02 * seed), ("ours", 0.8 + 0.01 * seed))
+    ]
+    page = make_page(Report([TINY], results, "a command", {"torch": "2"}))
+    assert "| `ours` | 0.805 |\n| `early` | 0.710 (**-9.5 ± 0.5**) |" in page
 
 
 # -- the command -------------------------------------------------------------------------------
