@@ -26,14 +26,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.speed_parts import analysis, layers, memory, selective, step
+from benchmarks.speed_parts import analysis, layers, memory, penalty, selective, step
 from benchmarks.speed_parts.picture import draw
 from benchmarks.speed_parts.results import Section, missed
 from benchmarks.speed_parts.suites import SUITES, Suite
 from benchmarks.speed_parts.timing import Report, limited
 
 WIDTH = 120  # of the tables where there is no terminal
-PARTS = ("step", "layer", "selective", "analysis", "memory")
+PARTS = ("step", "layer", "selective", "analysis", "penalty", "memory")
 Part = Callable[[Suite, int, Report], list[Section]]
 
 
@@ -70,6 +70,7 @@ def run(suite: Suite, settings: Settings, console: Console) -> list[Section]:
         "layer": against_peers,
         "selective": selective.run,
         "analysis": analysis.run,
+        "penalty": penalty.run,
         "memory": lambda suite, _, report: memory.run(suite, report),
     }
     jobs = [

@@ -102,7 +102,13 @@ def forced_scan() -> contextlib.AbstractContextManager[object]:
     return patch.object(_fused, "best_chunk", return_value=None)
 
 
-def training_step(block: nn.Module, inputs: Tensor, grad: Tensor) -> Callable[[], None]:
+def training_step(
+    block: nn.Module,
+    inputs: Tensor,
+    grad: Tensor,
+    penalty: Callable[[nn.Module], Tensor] | None = None,
+) -> Callable[[], None]:
+    """A step of training; with `penalty`, its value for the block is part of the loss."""
     # With so small a rate the block stays the same over all repeats.
     optimizer = torch.optim.AdamW(block.parameters(), lr=1e-6, fused=True)
     inputs = inputs.clone().requires_grad_()
@@ -110,7 +116,11 @@ def training_step(block: nn.Module, inputs: Tensor, grad: Tensor) -> Callable[[]
     def step() -> None:
         optimizer.zero_grad()
         inputs.grad = None
-        block(inputs).backward(grad)
+        outputs = block(inputs)
+        if penalty is None:
+            outputs.backward(grad)
+        else:
+            torch.autograd.backward([outputs, penalty(block)], [grad, None])
         optimizer.step()
 
     return step

@@ -27,6 +27,7 @@ from benchmarks.speed_parts.suites import (
     SUITES,
     AnalysisCase,
     LayerCase,
+    PenaltyCase,
     SelectiveCase,
     ShareCase,
     StepCase,
@@ -50,6 +51,7 @@ TINY = Suite(
     analysis=(AnalysisCase(8, 4, target=1e-9),),
     share=ShareCase(2, 8, 4, 20, 50, 2, 1000, 5, target=1e9),
     memory=(LayerCase(2, 20, 2, 8),),
+    penalties=(PenaltyCase(2, 20, 2, 8, (3, 2)),),
     rounds=ONCE,
     seeds=1,
     mamba_ssm=False,
@@ -88,7 +90,8 @@ def test_everything_is_measured_saved_and_drawn(
     assert content["seconds"].keys() == {"wall", "processor"}
     parts = [section["part"] for section in content["sections"]]
     assert parts == [
-        "step", "layer", "selective", "selective_blocks", "analysis", "share", "memory"
+        "step", "layer", "selective", "selective_blocks", "analysis", "share", "penalty",
+        "memory",
     ]  # fmt: skip
     for section in content["sections"]:
         assert section["rows"]
@@ -216,6 +219,18 @@ def test_blocks_without_states_keep_the_shape(case: StepCase) -> None:
     inputs = torch.randn(2, 20, case.width)
     for states in (None, *case.states):
         assert step.make_block(case, states)(inputs).shape == inputs.shape
+
+
+def test_a_penalty_changes_the_step_by_its_gradient() -> None:
+    torch.manual_seed(0)
+    block = torch.nn.Linear(2, 2)
+    inputs, grad = torch.ones(1, 2), torch.ones(1, 2)
+    step.training_step(block, inputs, grad)()
+    plain = block.weight.grad
+    step.training_step(block, inputs, grad, lambda b: 3 * b.weight.sum())()
+    assert plain is not None
+    assert block.weight.grad is not None
+    torch.testing.assert_close(block.weight.grad, plain + 3)
 
 
 @pytest.mark.slow
