@@ -20,7 +20,7 @@ class PostTraining(AfterTraining):
 
 class PublishedAfterTraining(PostTraining):
     name = "post-training-published"
-    label = "the same, as published"
+    label = "post-training, as published"
     about = (
         "The trained full model cut by complex balancing with infinite horizon; no training after "
         "it. Linear layers only."
@@ -30,3 +30,14 @@ class PublishedAfterTraining(PostTraining):
 
     def cut(self, bench: Bench, module: L.LightningModule, size: int) -> None:
         cut_by_compress(bench, module, size, balance="complex", horizon=None)
+
+
+class InfiniteAfterTraining(PublishedAfterTraining):
+    name = "post-training-infinite"
+    label = "post-training, infinite horizon"
+    about = "The trained full model cut by `compress()` with infinite horizon. Linear layers only."
+    place = 88
+    choice = True
+
+    def cut(self, bench: Bench, module: L.LightningModule, size: int) -> None:
+        cut_by_compress(bench, module, size, horizon=None)
