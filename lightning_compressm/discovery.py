@@ -126,7 +126,7 @@ def select_layers(
     for layer in chosen.values():
         layer.family.refuse(layer.module)
         _check_tensors(layer)
-    _check_sharing(chosen.values())
+    _check_sharing(chosen.values(), [found[name] for name in found if name not in chosen])
     return chosen
 
 
@@ -172,8 +172,11 @@ def _check_tensors(layer: SSMLayer) -> None:
             )
 
 
-def _check_sharing(layers: Iterable[SSMLayer]) -> None:
-    """Layers may share all of their tensors or none: half-shared ones have no common basis."""
+def _check_sharing(layers: Iterable[SSMLayer], others: Iterable[SSMLayer]) -> None:
+    """Layers may share all of their tensors or none, and none with layers that stay as they are.
+
+    Half-shared ones have no common basis.
+    """
     groups: dict[int, tuple[str, set[int]]] = {}
     for layer in layers:
         names = layer.family.state_axes(layer.module)
@@ -183,7 +186,15 @@ def _check_sharing(layers: Iterable[SSMLayer]) -> None:
             if theirs != tensors:
                 raise UnsupportedLayerError(
                     f"'{layer.name}' and '{other}' share some of their state tensors but not all; "
-                    "expected all or none. Put one of them into `ignore`, or untie them."
+                    "expected all or none. Put both into `ignore`, or untie them."
+                )
+    for layer in others:
+        for parameter in layer.module.parameters():
+            if id(parameter) in groups:
+                raise UnsupportedLayerError(
+                    f"'{groups[id(parameter)][0]}' is to be reduced and shares tensors with "
+                    f"'{layer.name}', which is left out; expected both or none. Put both into "
+                    "`ignore`, or untie them."
                 )
 
 

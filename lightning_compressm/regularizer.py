@@ -10,6 +10,7 @@ from lightning_compressm.control import hankel_singular_values
 from lightning_compressm.discovery import SSMLayer, select_layers
 from lightning_compressm.errors import UnsupportedLayerError
 from lightning_compressm.families import Family
+from lightning_compressm.families._base import tensor_of
 from lightning_compressm.linear import resolve_balance
 from lightning_compressm.policy import BalanceChoice
 
@@ -91,7 +92,8 @@ class HankelRegularizer:
                 "selective one, which has no Hankel singular values to penalize; put it into "
                 "`ignore`."
             )
-        parameters = [p for p in layer.module.parameters() if p.requires_grad]
+        names = layer.family.state_axes(layer.module)
+        parameters = [t for n in names if (t := tensor_of(layer.module, n)).requires_grad]
         with naming(layer):
             system = layer.family.system(layer.module)
             balance = resolve_balance(self.balance, system)
@@ -102,5 +104,5 @@ class HankelRegularizer:
                 "the layer's parameters, got one without gradient; let the family's `system()` "
                 "compute without `no_grad` and `detach`."
             )
-        wide = any(p.dtype in (torch.float64, torch.complex128) for p in parameters)
+        wide = any(p.dtype in (torch.float64, torch.complex128) for p in layer.module.parameters())
         return sigma.sum().to(torch.float64 if wide else torch.float32)

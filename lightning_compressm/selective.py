@@ -217,6 +217,7 @@ def _with_values(
 def _orders(order: int, largest: int, round_to: int) -> Iterator[int]:
     """The order asked for, then ever closer to the largest one that is worth while."""
     yield order
+    largest = largest // round_to * round_to
     for _ in range(_RETRIES):
         halfway = -(-(order + largest) // 2)
         halfway = min(largest, -(-halfway // round_to) * round_to)

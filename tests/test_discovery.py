@@ -88,13 +88,20 @@ def test_choosing_nothing_is_refused(kwargs: dict[str, list[str]]):
         select_layers(_model(), **kwargs)
 
 
-def test_an_ignored_layer_may_share_tensors():
+def test_shared_tensors_are_reduced_with_all_their_layers_or_not_at_all():
     model = _model()
     model["blocks"].append(LRU(2, 8))
     model["blocks"][3].nu_log = model["encoder"][1].nu_log
     with pytest.raises(UnsupportedLayerError, match=r"'blocks.3' and 'encoder.1' share some"):
         select_layers(model)
-    assert "blocks.3" not in select_layers(model, ignore=["blocks.3"])
+    with pytest.raises(
+        UnsupportedLayerError, match=r"'encoder.1' .* 'blocks.3', which is left out"
+    ):
+        select_layers(model, ignore=["blocks.3"])
+    assert (
+        not {"blocks.3", "encoder.1"}
+        & select_layers(model, ignore=["blocks.3", "encoder.1"]).keys()
+    )
 
 
 # -- lengths -------------------------------------------------------------------------------------

@@ -119,3 +119,10 @@ def test_unstable_layers_are_named(model: nn.Sequential) -> None:
 def test_weights_that_can_not_be_meant(weight: float) -> None:
     with pytest.raises(ValueError, match="weight"):
         HankelRegularizer(weight)
+
+
+def test_frozen_states_beside_a_trained_feedthrough_are_no_error(model: nn.Sequential) -> None:
+    for layer in (model[1], model[3]):
+        layer.requires_grad_(False)
+        layer.D.requires_grad_(True)
+    assert not HankelRegularizer(1.0)(model).requires_grad

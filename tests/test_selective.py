@@ -18,6 +18,7 @@ from lightning_compressm.families import SelectiveFamily, registered_families
 from lightning_compressm.policy import ReductionPolicy
 from lightning_compressm.proposal import Proposal, propose
 from lightning_compressm.recording import CallRecorder, Context, Processes
+from lightning_compressm.selective import _orders
 
 FAMILIES = {n: f for n, f in registered_families().items() if isinstance(f, SelectiveFamily)}
 
@@ -385,3 +386,9 @@ def test_two_halves_give_the_plan_of_the_whole_batch(family: SelectiveFamily, re
     # Adam divides by gradients' sizes, which enlarges differences in the last digit.
     _same(first, whole, rtol=1e-5, atol=1e-6)
     assert first.events[0].output_error == pytest.approx(whole.events[0].output_error, rel=1e-5)
+
+
+def test_retries_keep_to_multiples() -> None:
+    assert list(_orders(48, 60, 8)) == [48, 56]
+    assert list(_orders(8, 40, 8)) == [8, 24, 32, 40]
+    assert list(_orders(5, 5, 8)) == [5]

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_compressm.families import named_layers
-from lightning_compressm.surgery.copies import find_copies
+from lightning_compressm.surgery.copies import ModelCopy, find_copies
 from lightning_compressm.surgery.loading import install_resize_hooks
 
 __all__ = ["align_averages", "average_to_current", "averages_of", "install_hooks_on_averages"]
 
+_AVERAGING = (WeightAveraging, StochasticWeightAveraging)
+
 
 def averages_of(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[nn.Module]:
-    """Every module held by a callback that is a copy of the model or of a part of it."""
-    held = [
-        value
-        for callback in trainer.callbacks  # type: ignore[attr-defined]
-        for value in vars(callback).values()
-        if isinstance(value, nn.Module)
-    ]
-    return [copy.root for copy in find_copies(pl_module, held)]
+    """Every average of the model or of a part of it that a callback holds.
+
+    A copy that no known averaging callback holds counts if its state dimensions are the model's:
+    one of other dimensions is a network of its own, such as a teacher.
+    """
+    roots: list[nn.Module] = []
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        held = [value for value in vars(callback).values() if isinstance(value, nn.Module)]
+        for copy in find_copies(pl_module, held):
+            known = isinstance(callback, _AVERAGING) or isinstance(copy.root, AveragedModel)
+            if known or _same_dims(pl_module, copy):
+                roots.append(copy.root)
+    return roots
 
 
 def install_hooks_on_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -36,9 +44,9 @@ def align_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     It is left over where a reduced checkpoint was resumed that had been written without it.
     """
     for copy in find_copies(pl_module, averages_of(trainer, pl_module)):
-        original = pl_module.get_submodule(copy.path)
-        if _state_dims(original) != _state_dims(copy.mirror):
+        if not _same_dims(pl_module, copy):
             install_resize_hooks(copy.mirror)
+            original = pl_module.get_submodule(copy.path)
             copy.mirror.load_state_dict(original.state_dict())
 
 
@@ -47,6 +55,11 @@ def average_to_current(trainer: pl.Trainer, pl_module: pl.LightningModule) -> No
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, WeightAveraging):
             callback.on_train_end(trainer, pl_module)
+
+
+def _same_dims(pl_module: nn.Module, copy: ModelCopy) -> bool:
+    """Whether a copy has as many states as what it is a copy of."""
+    return _state_dims(pl_module.get_submodule(copy.path)) == _state_dims(copy.mirror)
 
 
 def _state_dims(module: nn.Module) -> dict[str, int]:

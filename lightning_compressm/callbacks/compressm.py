@@ -216,6 +216,8 @@ class CompreSSMCallback(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check what a checkpoint gave the optimizers; it is restored only now."""
+        # Without it, the first batch of a resumed accumulation would look like an optimizer step.
+        self._last_step = trainer.global_step
         check_optimizer_states(trainer.optimizers, pl_module)
 
     # -- training ----------------------------------------------------------------------------

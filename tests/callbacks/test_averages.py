@@ -159,3 +159,18 @@ def test_other_modules_of_callbacks_are_left_alone(tmp_path: Path) -> None:
     model, _ = run(tmp_path, held, CompreSSMCallback(**CUT))
     assert held.part is model.net.first
     assert held.part.d_state == 6
+
+
+class Teacher(pl.Callback):
+    """Holds a network of the model's class, with states of its own."""
+
+    def __init__(self) -> None:
+        self.teacher = Classifier(d_state=40)
+
+
+def test_a_teacher_with_other_states_is_left_alone(tmp_path: Path) -> None:
+    held = Teacher()
+    before = {name: value.clone() for name, value in held.teacher.state_dict().items()}
+    model, _ = run(tmp_path, held, CompreSSMCallback(**CUT))
+    assert model.net.first.d_state == 6
+    assert same(held.teacher.state_dict(), before)

@@ -82,6 +82,30 @@ def test_resume_is_bitwise_equal(
     assert strip == [{**e, "seconds": 0} for e in uninterrupted.callback.history]
 
 
+def test_a_resumed_accumulation_is_no_optimizer_step(tmp_path: Path) -> None:
+    # The checkpoint's step is one of the schedule's: it was looked at before it was written.
+    runs = []
+    for name in ("whole", "resumed"):
+        torch.manual_seed(0)
+        callback = CompreSSMCallback(
+            fraction=0.5, window=(0, 8), every_n_steps=2, min_state_dim=1, verbose=False
+        )
+        saver = ModelCheckpoint(tmp_path / name, "{step}", save_top_k=-1, every_n_train_steps=2)
+        fit = trainer(
+            tmp_path, callback, saver, max_epochs=2, accumulate_grad_batches=2,
+            enable_checkpointing=True,
+        )  # fmt: skip
+        path = tmp_path / "whole/step=2.ckpt" if name == "resumed" else None
+        model = Classifier("adamw")
+        fit.fit(model, StatefulLoader(), loader(1), ckpt_path=path)
+        runs.append((callback, model))
+    (whole, one), (resumed, other) = runs
+    steps = [e["step"] for e in whole.history if e["action"] == "reduce"]
+    assert 2 in steps
+    assert [e["step"] for e in resumed.history if e["action"] == "reduce"] == steps
+    assert same(one.state_dict(), other.state_dict())
+
+
 def test_resume_in_a_fresh_process(uninterrupted: Uninterrupted, tmp_path: Path) -> None:
     step = 2 * BATCHES
     command = [sys.executable, "-m", "tests.callbacks.resume_worker"]
