@@ -16,6 +16,11 @@ from lightning_compressm import HankelRegularizer
 _BEST = {"digits": 1.0, "delay": 0.01, "pathfinder": 1.0, "listops": 1.0}
 
 
+def best_start(task: CompareTask) -> float:
+    """The penalty that training starts with, in units of the cross-entropy."""
+    return _BEST.get(task.name, 0.1)
+
+
 def penalty_of(module: L.LightningModule, start: float) -> HankelRegularizer:
     """A penalty that is `start` for the network as it is, in units of the cross-entropy."""
     unit = float(HankelRegularizer(1.0, balance="complex")(module).detach())
@@ -36,7 +41,7 @@ class Regularized(Arm):
 
     def penalty_at_start(self, task: CompareTask) -> float:
         """In units of the cross-entropy."""
-        return _BEST.get(task.name, 0.1)
+        return best_start(task)
 
     def train(self, bench: Bench, size: int | None) -> L.LightningModule:
         module = bench.fresh()
@@ -99,7 +104,7 @@ class Penalized(Choice):
     place = 86
 
     def prepare(self, bench: Bench, module: L.LightningModule) -> None:
-        penalty = penalty_of(module, _BEST.get(bench.task.name, 0.1))
+        penalty = penalty_of(module, best_start(bench.task))
         end = bench.task.step_at(self.share)
         change_loss(
             module,

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
-
-from benchmarks.models import ResidualBlock
 from benchmarks.speed_parts.results import Ratio, Row, Section
-from benchmarks.speed_parts.step import training_step
-from benchmarks.speed_parts.suites import PenaltyCase, Suite
+from benchmarks.speed_parts.step import inputs_and_grad, make_block, training_step
+from benchmarks.speed_parts.suites import StepCase, Suite
 from benchmarks.speed_parts.timing import Measure, Report, interleave, local
 from lightning_compressm import HankelRegularizer
-from lightning_compressm.nn import LRU
 
 NOTES = [
     "HSV regularisation (arXiv 2510.22951) adds the sum of all Hankel singular values, complex and "
@@ -21,34 +15,28 @@ NOTES = [
 ]
 
 
-def block_of(case: PenaltyCase, states: int) -> ResidualBlock:
-    torch.manual_seed(0)
-    return ResidualBlock(case.width, states, LRU, case.dropout)
-
-
-def measures_of(case: PenaltyCase, threads: int) -> dict[str, Measure]:
+def measures_of(case: StepCase, threads: int) -> dict[str, Measure]:
     """Steps with the penalty and without it, and of each reduced block."""
-    generator = torch.Generator().manual_seed(1)
-    shape = (case.batch, case.length, case.width)
-    inputs, grad = (torch.randn(shape, generator=generator) for _ in range(2))
-    plain = training_step(block_of(case, case.states), inputs, grad)
-    penalized = training_step(
-        block_of(case, case.states), inputs, grad, HankelRegularizer(1e-3, balance="complex")
-    )
-    steps: dict[str, Callable[[], None]] = {"penalty": penalized, "plain": plain}
-    for states in case.left:
-        steps[f"N={states}"] = training_step(block_of(case, states), inputs, grad)
+    inputs, grad = inputs_and_grad(case)
+    full, *left = case.states
+    penalty = HankelRegularizer(1e-3, balance="complex")
+    steps = {
+        "penalty": training_step(make_block(case, full), inputs, grad, penalty),
+        "plain": training_step(make_block(case, full), inputs, grad),
+    }
+    for states in left:
+        steps[f"N={states}"] = training_step(make_block(case, states), inputs, grad)
     return {name: local(step, threads) for name, step in steps.items()}
 
 
-def rows_of(case: PenaltyCase, seconds: dict[str, list[float]]) -> list[Row]:
-    group = f"LRU, B={case.batch} L={case.length} H={case.width} ({case.name})"
+def rows_of(case: StepCase, seconds: dict[str, list[float]]) -> list[Row]:
+    group = f"{case.layer}, B={case.batch} L={case.length} H={case.width} ({case.name})"
     cells: dict[str, Ratio | str] = {
         "/ the same without": Ratio.of(seconds["penalty"], seconds["plain"])
     }
-    for states in case.left:
+    for states in case.states[1:]:
         cells[f"/ N={states} without"] = Ratio.of(seconds["penalty"], seconds[f"N={states}"])
-    return [Row(group, f"N={case.states} with penalty", cells, seconds=seconds)]
+    return [Row(group, f"N={case.states[0]} with penalty", cells, seconds=seconds)]
 
 
 def run(suite: Suite, threads: int, report: Report) -> list[Section]:

@@ -134,11 +134,16 @@ def scanning(step: Callable[[], None]) -> Callable[[], None]:
     return forced
 
 
-def measures_of(case: StepCase, threads: int) -> dict[str, Measure]:
-    """Everything that one case compares: no state, every N, and every N as a forced scan."""
+def inputs_and_grad(case: StepCase) -> tuple[Tensor, Tensor]:
+    """What goes into a block, and the loss's gradient at its output."""
     generator = torch.Generator().manual_seed(1)
     shape = (case.batch, case.length, case.width)
-    inputs, grad = (torch.randn(shape, generator=generator) for _ in range(2))
+    return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+
+
+def measures_of(case: StepCase, threads: int) -> dict[str, Measure]:
+    """Everything that one case compares: no state, every N, and every N as a forced scan."""
+    inputs, grad = inputs_and_grad(case)
     steps = {"no state": training_step(make_block(case, None), inputs, grad)}
     for states in case.states:
         steps[f"N={states}"] = training_step(make_block(case, states), inputs, grad)

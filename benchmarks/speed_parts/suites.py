@@ -82,21 +82,8 @@ class AnalysisCase:
 
 
 @dataclass(frozen=True)
-class PenaltyCase:
-    """A step with Hankel singular values as a penalty, over steps with the states `left`."""
-
-    batch: int
-    length: int
-    width: int
-    states: int
-    left: tuple[int, ...]
-    dropout: float = 0.0
-    name: str = ""
-
-
-@dataclass(frozen=True)
 class Suite:
-    """All sizes and how often they are measured."""
+    """All sizes and how often they are measured; of `penalties`, states[0] is penalized."""
 
     steps: tuple[StepCase, ...]
     layers: tuple[LayerCase, ...]
@@ -104,7 +91,7 @@ class Suite:
     analysis: tuple[AnalysisCase, ...]
     share: ShareCase
     memory: tuple[LayerCase, ...]
-    penalties: tuple[PenaltyCase, ...]
+    penalties: tuple[StepCase, ...]
     rounds: Rounds
     seeds: int
     mamba_ssm: bool
@@ -148,8 +135,8 @@ FULL = Suite(
         LayerCase(4, 1024, 128, 32),
     ),
     penalties=(
-        PenaltyCase(50, 784, 8, 256, (47, 13), 0.1, "as for sequential MNIST"),
-        PenaltyCase(50, 1024, 512, 384, (161, 57), 0.1, "as for sequential CIFAR"),
+        StepCase("LRU", 50, 784, 8, (256, 47, 13), 0.1, "as for sequential MNIST"),
+        StepCase("LRU", 50, 1024, 512, (384, 161, 57), 0.1, "as for sequential CIFAR"),
     ),
     rounds=Rounds(3, 7, 12),
     seeds=3,
@@ -169,7 +156,7 @@ QUICK = Suite(
     analysis=(AnalysisCase(16, 64, pymor=True), AnalysisCase(96, 64)),
     share=ShareCase(6, 96, 128, 256, 50, 1, 180_000, 5),
     memory=(LayerCase(5, 784, 8, 256), LayerCase(5, 784, 8, 16)),
-    penalties=(PenaltyCase(10, 784, 8, 96, (16,), 0.0, "small"),),
+    penalties=(StepCase("LRU", 10, 784, 8, (96, 16), 0.0, "small"),),
     rounds=Rounds(2, 3, 1),
     seeds=1,
     mamba_ssm=False,
