@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import lightning as L
+import torch
 from lightning.pytorch.cli import LightningCLI
 
 
@@ -40,5 +41,13 @@ def main(arguments: Sequence[str] | None = None, *, run: bool = True) -> Lightni
     )
 
 
-if __name__ == "__main__":
+def run_as_program() -> None:
+    """Run `main` with the command line's arguments, and leave the other processes in order."""
     main()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # Left alive, gloo's threads can abort the interpreter while it exits.
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_as_program()

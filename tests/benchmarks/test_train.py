@@ -13,8 +13,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 
+from benchmarks import train
 from benchmarks.models import ClassifierModule, SequenceClassifier
 from benchmarks.recipes import FOLDER, TASKS, configurations
 from benchmarks.train import main
@@ -194,6 +196,21 @@ def test_two_processes_in_half_precision(tmp_path: Path) -> None:
     (layer,) = find_ssm_layers(model).values()
     assert layer.state_dim < 128
     assert torch.load(last, weights_only=True)["global_step"] == 4
+
+
+def test_the_program_ends_without_a_process_group(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    store = f"file://{tmp_path / 'store'}"
+    monkeypatch.setattr(
+        train, "main", lambda: dist.init_process_group("gloo", store, rank=0, world_size=1)
+    )
+    try:
+        train.run_as_program()
+        assert not dist.is_initialized()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def test_model_and_data_have_to_agree(tmp_path: Path) -> None:
