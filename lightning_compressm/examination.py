@@ -99,6 +99,10 @@ class Examination:
             sigma, seconds = self._give(known)
             assert sigma is not None
             self.analysis = mine or RemoteAnalysis(self.layer, sigma, seconds)
+        if self.analysis is not None and not self._spectrum_only and not self.analysis.sigma.any():
+            self._give_up(
+                "its inputs never reach its outputs (B or C is zero), so no state matters"
+            )
 
     def prepare_attempt(self, order: int, *, seed: int) -> None:
         """Do the work of :meth:`attempt` ahead, where this process does it for all."""

@@ -96,6 +96,12 @@ and fraction=0.5. Keep the one that you mean.
         check_share("tolerance", self.tolerance)
         check_share("fraction", self.fraction, zero=False)
         check_share("min_reduction", self.min_reduction)
+        if self.fraction is not None and self.fraction < self.min_reduction:
+            raise ValueError(
+                f"fraction={self.fraction} drops less at a time than min_reduction="
+                f"{self.min_reduction} asks for, so nothing would ever be reduced. Raise "
+                "`fraction`, or lower `min_reduction`."
+            )
         for name in ("state_dim", "min_state_dim", "round_to"):
             check_count(name, getattr(self, name), optional=name == "state_dim")
         check_patterns("layers", self.layers)

@@ -105,9 +105,17 @@ class Schedule:
         on_interval = self.every_n_steps is None and (epoch + 1) % self.every_n_epochs == 0
         return on_interval and window.contains(step)
 
-    def due_at_step(self, window: Window, step: int, looks: int) -> bool:
-        """Whether to look right after optimizer step number ``step``, after ``looks`` looks."""
-        if self.every_n_steps and step % self.every_n_steps == 0 and window.contains(step):
+    def due_at_step(self, window: Window, before: int, step: int, looks: int) -> bool:
+        """Whether to look right after a batch.
+
+        Args:
+            window: of this run.
+            before: optimizer steps until the batch.
+            step: optimizer steps after it; one more, or several with several optimizers.
+            looks: how many looks there have been.
+        """
+        n = self.every_n_steps
+        if n and step // n > before // n and window.contains(step):
             return True
         return looks == 0 and step >= window.end >= 1
 

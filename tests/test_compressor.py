@@ -386,15 +386,18 @@ def test_eigenvalues_on_the_unit_circle():
     _assert_untouched(model, before)
 
 
-def test_a_layer_that_does_nothing_has_no_energy_to_share_out():
+def test_a_layer_that_does_nothing_is_left_as_it_is():
     model = Net()
     with torch.no_grad():
         model.second.B_re.zero_()
         model.second.B_im.zero_()
-    before = _picture(model)
-    with pytest.raises(ValueError, match=r"layer .second. .*zero Hankel energy"):
-        compress(model)
-    _assert_untouched(model, before)
+    before = deepcopy(model.second.state_dict())
+    with pytest.warns(UserWarning, match=r"layer 'second' \(LRU\) is left as it is: its inputs"):
+        report = compress(model, state_dim=3)
+    assert [model.first.d_state, model.second.d_state] == [3, before["nu_log"].shape[0]]
+    assert all(torch.equal(v, before[k]) for k, v in model.second.state_dict().items())
+    assert "never reach its outputs" in {e.layer: e.reason for e in report.events}["second"]
+    assert not hankel_spectra(model)["second"].any()
 
 
 def test_an_optimizer_that_can_not_follow_leaves_the_model_alone():

@@ -43,6 +43,12 @@ def test_two_targets_are_refused_by_name(targets: dict[str, Any], named: str):
         ReductionPolicy(**targets)
 
 
+def test_a_fraction_that_is_less_than_the_least_reduction_is_refused():
+    with pytest.raises(ValueError, match=r"fraction=0.03 drops less .* min_reduction=0.05"):
+        ReductionPolicy(fraction=0.03, min_reduction=0.05)
+    ReductionPolicy(fraction=0.05, min_reduction=0.05)
+
+
 NAN = float("nan")
 BAD = [
     *[("tolerance", v) for v in (1, 1.0, -1e-9, NAN, float("inf"), "0.1", True, [0.1])],

@@ -107,21 +107,27 @@ def test_epoch_ends():
 
 def test_every_n_steps_replaces_epoch_ends():
     schedule, window = Schedule((0, 20), every_n_steps=5), Window(4, 20)
-    due = [step for step in range(1, 31) if schedule.due_at_step(window, step, looks=1)]
+    due = [step for step in range(1, 31) if schedule.due_at_step(window, step - 1, step, 1)]
     assert due == [5, 10, 15, 20]
     assert not any(schedule.due_at_epoch_end(window, step, 0) for step in range(30))
 
 
+def test_several_optimizer_steps_in_a_batch_miss_no_interval():
+    schedule, window = Schedule((0, 20), every_n_steps=5), Window(0, 20)
+    due = [step for step in range(3, 31, 3) if schedule.due_at_step(window, step - 3, step, 1)]
+    assert due == [6, 12, 15]
+
+
 def test_without_a_look_the_windows_last_step_is_due():
     schedule, window = Schedule((0, 20)), Window(0, 20)
-    assert [s for s in range(1, 23) if schedule.due_at_step(window, s, looks=0)] == [20, 21, 22]
-    assert not any(schedule.due_at_step(window, s, looks=1) for s in range(1, 23))
+    assert [s for s in range(1, 23) if schedule.due_at_step(window, s - 1, s, 0)] == [20, 21, 22]
+    assert not any(schedule.due_at_step(window, s - 1, s, 1) for s in range(1, 23))
 
 
 def test_a_run_too_short_for_a_reduction_has_none():
     window = Schedule((0.0, 1.0)).resolve(1)
     assert window == Window(0, 0)
-    assert not any(Schedule().due_at_step(window, s, looks=0) for s in range(3))
+    assert not any(Schedule().due_at_step(window, s - 1, s, 0) for s in range(3))
 
 
 @given(
@@ -145,7 +151,7 @@ def test_every_run_looks_at_least_once_and_never_outside(
     window = schedule.resolve(total)
     looks: list[int] = []
     for step in range(1, total):  # nothing is trained after the last step
-        if schedule.due_at_step(window, step, len(looks)):
+        if schedule.due_at_step(window, step - 1, step, len(looks)):
             looks.append(step)
         if step % per_epoch == 0 and step not in looks:
             epoch = step // per_epoch - 1

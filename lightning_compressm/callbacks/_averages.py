@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -11,7 +14,13 @@ from lightning_compressm.families import named_layers
 from lightning_compressm.surgery.copies import ModelCopy, find_copies
 from lightning_compressm.surgery.loading import install_resize_hooks
 
-__all__ = ["align_averages", "average_to_current", "averages_of", "install_hooks_on_averages"]
+__all__ = [
+    "align_averages",
+    "average_to_current",
+    "averages_of",
+    "install_hooks_on_averages",
+    "warn_of_other_copies",
+]
 
 _AVERAGING = (WeightAveraging, StochasticWeightAveraging)
 
@@ -19,17 +28,34 @@ _AVERAGING = (WeightAveraging, StochasticWeightAveraging)
 def averages_of(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[nn.Module]:
     """Every average of the model or of a part of it that a callback holds.
 
-    A copy that no known averaging callback holds counts if its state dimensions are the model's:
-    one of other dimensions is a network of its own, such as a teacher.
+    Any other copy may be a network of its own, such as a teacher.
     """
-    roots: list[nn.Module] = []
+    held = _held_copies(trainer, pl_module)
+    return [copy.root for callback, copy in held if _is_average(callback, copy)]
+
+
+def warn_of_other_copies(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Say that a copy stays as it is where it may have been meant as an average."""
+    for callback, copy in _held_copies(trainer, pl_module):
+        if not _is_average(callback, copy) and _same_dims(pl_module, copy):
+            rank_zero_warn(
+                f"CompreSSMCallback leaves the {type(copy.mirror).__name__} that "
+                f"{type(callback).__name__} holds as it is. If it is an average of the weights, "
+                "make it a torch.optim.swa_utils.AveragedModel, and it is reduced along."
+            )
+
+
+def _held_copies(
+    trainer: pl.Trainer, pl_module: pl.LightningModule
+) -> Iterator[tuple[pl.Callback, ModelCopy]]:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         held = [value for value in vars(callback).values() if isinstance(value, nn.Module)]
         for copy in find_copies(pl_module, held):
-            known = isinstance(callback, _AVERAGING) or isinstance(copy.root, AveragedModel)
-            if known or _same_dims(pl_module, copy):
-                roots.append(copy.root)
-    return roots
+            yield callback, copy
+
+
+def _is_average(callback: pl.Callback, copy: ModelCopy) -> bool:
+    return isinstance(callback, _AVERAGING) or isinstance(copy.root, AveragedModel)
 
 
 def install_hooks_on_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

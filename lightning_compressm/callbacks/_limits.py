@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
-__all__ = ["accumulation_changes", "is_last_step", "total_steps"]
+from lightning_compressm.schedule import Schedule, Window
+
+__all__ = ["accumulation_changes", "is_last_step", "total_steps", "window_of"]
 
 
 def accumulation_changes(trainer: pl.Trainer) -> bool:
@@ -28,3 +32,16 @@ def is_last_step(trainer: pl.Trainer) -> bool:
     """Whether nothing will be trained after this step, as far as the Trainer's limits say."""
     total = total_steps(trainer)
     return trainer.should_stop or (total is not None and 0 < total <= trainer.global_step)
+
+
+def window_of(schedule: Schedule, trainer: pl.Trainer) -> Window:
+    """The window of this run.
+
+    Raises:
+        ValueError: for a window in shares of an endless run, or one after the run's end.
+    """
+    fast_run = trainer.fast_dev_run  # type: ignore[attr-defined]
+    if fast_run and not schedule.is_share:
+        # A few steps to see that all works must not fail for want of steps.
+        schedule = replace(schedule, window=(0.0, 1.0))
+    return schedule.resolve(total_steps(trainer))

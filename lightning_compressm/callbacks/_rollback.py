@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 import lightning.pytorch as pl
 import torch
@@ -59,6 +61,7 @@ class RollbackGuard:
         self.stopped = False
         self._snapshot: Snapshot | None = None
         self._file: str | None = None
+        self._run = ""  # tells the files of this run from those of others in the same folder
 
     @property
     def allows_reduction(self) -> bool:
@@ -76,12 +79,25 @@ class RollbackGuard:
         return self._snapshot is not None or self._file is not None
 
     def check(self, trainer: pl.Trainer) -> None:
-        """Refuse a run without validation.
+        """Refuse a run without validation, or with another guard; to be called on all ranks.
 
         Raises:
-            ValueError: if nothing would ever be judged.
+            ValueError: if nothing would ever be judged, or if two would undo each other's work.
         """
-        if self.monitor is not None and not trainer.enable_validation:
+        if self.monitor is None:
+            return
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        guards = [
+            g for c in callbacks if isinstance(g := getattr(c, "_guard", None), RollbackGuard)
+        ]
+        if len(guards) > 1:
+            raise ValueError(
+                f"monitor={self.monitor!r}: expected one CompreSSMCallback in the Trainer, got "
+                f"{len(guards)}; a rollback brings the whole model back, and with it what another "
+                "one had reduced. Reduce all layers by one callback, or leave `monitor` out."
+            )
+        self._run = trainer.strategy.broadcast(uuid4().hex[:8])
+        if not trainer.enable_validation:
             raise ValueError(
                 f"monitor={self.monitor!r}: expected a run with validation, got none; the next "
                 "validation decides whether a reduction stays. Give the Trainer a validation "
@@ -102,8 +118,8 @@ class RollbackGuard:
         if self.directory is None:
             self._snapshot = snapshot
         else:
-            self._file = str(self._write(snapshot, trainer.global_rank))
-        return self.forget
+            self._file = str(self._write(snapshot, trainer))
+        return lambda: self.forget(trainer)
 
     def judge(self, trainer: pl.Trainer) -> None:
         """Compare the metric of a validation with the one of before the latest reductions.
@@ -127,7 +143,7 @@ class RollbackGuard:
             )
             return
         self.reference = value
-        self.forget()
+        self.forget(trainer)
 
     def _is_worse(self, value: float) -> bool:
         if self.reference is None or math.isnan(self.reference):
@@ -176,19 +192,27 @@ class RollbackGuard:
             if layer.state_dim != before[name]
         ]
         reason, self.verdict, self.stopped = self.verdict, "", True
-        self.forget()
+        self.forget(trainer)
         rank_zero_warn(f"CompreSSMCallback took the last reduction back: {reason}.")
         return events
 
-    def forget(self) -> None:
+    def forget(self, trainer: pl.Trainer) -> None:
         """Drop the kept state."""
         if self._file is not None:
-            Path(self._file).unlink(missing_ok=True)
+            self._own_file(trainer.global_rank).unlink(missing_ok=True)
         self._snapshot, self._file = None, None
 
-    def _write(self, snapshot: Snapshot, rank: int) -> Path:
+    def _own_file(self, rank: int) -> Path:
+        """A checkpoint names the file of the rank that wrote it."""
+        assert self._file is not None
+        saved = Path(self._file)
+        return saved.with_name(re.sub(r"rank\d+\.pt$", f"rank{rank}.pt", saved.name))
+
+    def _write(self, snapshot: Snapshot, trainer: pl.Trainer) -> Path:
         assert self.directory is not None
-        path = Path(self.directory).absolute() / f"before_reduction.rank{rank}.pt"
+        # The step too: a checkpoint of before the last verdict must not find a later state.
+        name = f"{self._run}.step{trainer.global_step}.rank{trainer.global_rank}"
+        path = Path(self.directory).absolute() / f"before_reduction.{name}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".part")
         torch.save(snapshot.to_dict(), unfinished)
@@ -196,10 +220,9 @@ class RollbackGuard:
 
     def _read(self, rank: int) -> Snapshot:
         assert self._file is not None
-        saved = Path(self._file)
         # A resumed run may have more ranks than the one that wrote; they all hold the same.
-        own = saved.with_name(f"before_reduction.rank{rank}.pt")
-        path = own if own.exists() else saved
+        own = self._own_file(rank)
+        path = own if own.exists() else Path(self._file)
         try:
             return Snapshot.from_dict(torch.load(path, map_location="cpu", weights_only=True))
         except Exception as error:

@@ -45,6 +45,7 @@ class TrainingWatch:
             pl_module: whose layers to listen to.
             looking: whether a look is still to come, for which inputs are wanted.
         """
+        self.drop()
         layers = self._chosen(pl_module)
         selective = any(isinstance(x.family, SelectiveFamily) for x in layers.values())
         lengths = self.policy.horizon == "auto" and self._seen < self.batches
@@ -64,6 +65,12 @@ class TrainingWatch:
             self._inputs[name] = [*self._inputs.get(name, []), *calls][-self.batches :]
         self._recorder = None
         self._seen += 1
+
+    def drop(self) -> None:
+        """Stop listening to a batch that was skipped: another hook returned -1 at its start."""
+        if self._recorder is not None:
+            self._recorder.close()
+            self._recorder = None
 
     def ready(self, pl_module: pl.LightningModule) -> bool:
         """Whether there is calibration data if it is needed; right after a resume there is none."""

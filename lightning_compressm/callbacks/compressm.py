@@ -13,8 +13,10 @@ from lightning_compressm.callbacks._averages import (
     align_averages,
     average_to_current,
     install_hooks_on_averages,
+    warn_of_other_copies,
 )
-from lightning_compressm.callbacks._limits import is_last_step, total_steps
+from lightning_compressm.callbacks._limits import is_last_step, window_of
+from lightning_compressm.callbacks._logs import log_dimensions
 from lightning_compressm.callbacks._refusals import check_fit, check_setup
 from lightning_compressm.callbacks._rollback import RollbackGuard
 from lightning_compressm.callbacks._state import check_optimizer_states, read_state
@@ -32,7 +34,7 @@ from lightning_compressm.policy import (
 )
 from lightning_compressm.proposal import propose
 from lightning_compressm.recording import Processes
-from lightning_compressm.report import LayerEvent, dimension_metrics, format_table
+from lightning_compressm.report import LayerEvent, format_table
 from lightning_compressm.schedule import Schedule, Window
 from lightning_compressm.surgery.loading import install_resize_hooks
 from lightning_compressm.surgery.optimizer import OptimizerStatePolicy
@@ -166,6 +168,7 @@ class CompreSSMCallback(Callback):
         self.calibration_batches = calibration_batches
         self.optimizer_state: OptimizerStatePolicy = optimizer_state
         self.verbose = verbose
+        self._fitting = True  # a test of some checkpoint must not replace the history of training
         self._reset()
 
     def _reset(self) -> None:
@@ -194,7 +197,8 @@ class CompreSSMCallback(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what can't work; make checkpoints of reduced models loadable."""
-        if stage == "fit":
+        self._fitting = stage == "fit"
+        if self._fitting:
             check_setup(trainer, pl_module)
             if trainer.global_step == 0:
                 self._reset()
@@ -206,11 +210,12 @@ class CompreSSMCallback(Callback):
         check_fit(trainer, self._layers_of(pl_module).values())
         self._guard.check(trainer)
         align_averages(trainer, pl_module)
+        warn_of_other_copies(trainer, pl_module)
         self._last_step = trainer.global_step
         self._watch.start()
         self._refresh_state_dims(pl_module)
         if self._window is None:
-            self._window = self.schedule.resolve(total_steps(trainer))
+            self._window = window_of(self.schedule, trainer)
         if self._window.end < 1:
             rank_zero_warn("CompreSSMCallback: the run is too short for a reduction.")
 
@@ -248,14 +253,15 @@ class CompreSSMCallback(Callback):
     ) -> None:
         """Act right after an optimizer step, where the schedule says so."""
         self._watch.detach()
-        step = trainer.global_step
-        if step == self._last_step:  # gradients are still being accumulated
+        before, step = self._last_step, trainer.global_step
+        if step == before:  # gradients are still being accumulated
             return
         self._last_step = step
         self._roll_back(trainer, pl_module)
         if self._window is None or not self._guard.allows_reduction:
             return
-        if not self._overdue and not self.schedule.due_at_step(self._window, step, self._looks):
+        due = self.schedule.due_at_step(self._window, before, step, self._looks)
+        if not self._overdue and not due:
             return
         if trainer.is_last_batch and self._due_at_epoch_end(trainer, trainer.current_epoch):
             return
@@ -270,8 +276,8 @@ class CompreSSMCallback(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at the spectra and commit to a plan; log the dimensions of this epoch."""
-        metrics = dimension_metrics(self._state_dims, self.history)
-        pl_module.log_dict(metrics, sync_dist=trainer.world_size > 1)
+        self._watch.drop()
+        log_dimensions(self, trainer, pl_module)
         if not is_last_step(trainer):
             self._look_at_epoch_end(trainer, pl_module, trainer.current_epoch)
 
@@ -305,11 +311,13 @@ class CompreSSMCallback(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the state of a checkpoint; the window stays what it was.
+        """Take up the state of a checkpoint that is trained on; the window stays what it was.
 
         Raises:
             CheckpointError: if it is damaged; the callback is as it was then.
         """
+        if not self._fitting:
+            return
         saved = read_state(state_dict)
         self._window, self._pending = saved.window, saved.pending
         self.history = saved.history

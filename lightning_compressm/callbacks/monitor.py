@@ -68,11 +68,18 @@ class HankelMonitor(Callback):
         )
         self.tolerance = tolerance
         self.every_n_epochs = every_n_epochs
+        self._fitting = True  # a test of some checkpoint must not replace the history of training
+        self._reset()
+
+    def _reset(self) -> None:
         self.history: list[dict[str, Any]] = []
         self._watch = TrainingWatch(self.policy, batches=1)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Make checkpoints of reduced models loadable."""
+        self._fitting = stage == "fit"
+        if self._fitting and trainer.global_step == 0:
+            self._reset()
         install_resize_hooks(pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -99,6 +106,7 @@ class HankelMonitor(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Record and log the spectra."""
+        self._watch.drop()
         if (trainer.current_epoch + 1) % self.every_n_epochs or not self._watch.ready(pl_module):
             return  # a resume at an epoch's end has no data to calibrate on
 
@@ -118,7 +126,9 @@ class HankelMonitor(Callback):
         metrics: dict[str, float] = {}
         for name, sigma in spectra.items():
             metrics[f"hankel/energy/{name}"] = float(sigma.sum())
-            metrics[f"hankel/rank/{name}"] = float(order_for_energy(sigma, self.tolerance))
+            # A layer whose B or C is zero, as some are initialised, needs no state.
+            rank = order_for_energy(sigma, self.tolerance) if sigma.any() else 0
+            metrics[f"hankel/rank/{name}"] = float(rank)
         pl_module.log_dict(metrics, sync_dist=trainer.world_size > 1)
 
     def state_dict(self) -> dict[str, Any]:
@@ -126,10 +136,12 @@ class HankelMonitor(Callback):
         return {"history": list(self.history), "sequences": self._watch.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the history of a checkpoint.
+        """Take up the history of a checkpoint that is trained on.
 
         Raises:
             CheckpointError: if it is damaged; the callback is as it was then.
         """
+        if not self._fitting:
+            return
         self.history, sequences = read_spectra(state_dict)
         self._watch.load_state_dict(sequences)

@@ -122,8 +122,11 @@ class Snapshot:
         return Snapshot(data["model"], data["optimizers"], data["averages"])
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+def _tensors(module: nn.Module, *, all_names: bool = False) -> dict[str, Tensor]:
+    """Parameters and buffers; one that has several names comes once, unless all are wanted."""
+    once = not all_names
+    parameters = module.named_parameters(remove_duplicate=once)
+    return {**dict(parameters), **dict(module.named_buffers(remove_duplicate=once))}
 
 
 def _values(module: nn.Module) -> dict[str, Tensor]:
@@ -162,7 +165,11 @@ def _restore_values(
             f"{sorted(now.keys() ^ saved.keys())}; nothing was changed."
         )
     saved_of = {id(tensor): saved[name] for name, tensor in now.items()}
-    resized = resize_all_plan(module, saved, "")
+    # Under all their names: each of two tied layers has to get its state dimension back.
+    every_name = {
+        name: saved_of[id(tensor)] for name, tensor in _tensors(module, all_names=True).items()
+    }
+    resized = resize_all_plan(module, every_name, "")
     edits = {
         name: TensorEdit(saved_of[id(_find(module, name))], edit.moments)
         for name, edit in resized.edits.items()

@@ -224,6 +224,13 @@ REFUSED = [
         arguments=lambda: {"window": (5000, 6000)},
     ),
     Refused(
+        "`monitor` beside another `CompreSSMCallback`",
+        "monitor='val_loss': expected one CompreSSMCallback in the Trainer, got 2",
+        "ValueError",
+        arguments=lambda: {"monitor": "val_loss", "layers": ["net.first"]},
+        callbacks=lambda model: [CompreSSMCallback(layers=["net.second"], verbose=False)],
+    ),
+    Refused(
         "a model without SSM layers",
         "no SSM layer found in Model",
         "UnsupportedLayerError",

@@ -174,3 +174,13 @@ def test_a_teacher_with_other_states_is_left_alone(tmp_path: Path) -> None:
     model, _ = run(tmp_path, held, CompreSSMCallback(**CUT))
     assert model.net.first.d_state == 6
     assert same(held.teacher.state_dict(), before)
+
+
+def test_a_teacher_with_as_many_states_is_left_alone_and_named(tmp_path: Path) -> None:
+    held = Teacher()
+    held.teacher = Classifier()
+    before = {name: value.clone() for name, value in held.teacher.state_dict().items()}
+    with pytest.warns(UserWarning, match="leaves the Classifier that Teacher holds as it is"):
+        model, _ = run(tmp_path, held, CompreSSMCallback(**CUT))
+    assert model.net.first.d_state == 6
+    assert same(held.teacher.state_dict(), before)

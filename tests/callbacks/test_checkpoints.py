@@ -291,6 +291,10 @@ def test_callbacks_of_other_layers_keep_apart(tmp_path: Path):
     more.fit(Whole(), StatefulLoader(), ckpt_path=tmp_path / "kept" / "epoch=2.ckpt")
     assert [c.history for c in callbacks] == [c.history for c in again]  # type: ignore[attr-defined]
     assert [{e["layer"] for e in c.history} for c in callbacks] == [{"net.first"}, {"net.second"}]
+    total = sum(dim for c in callbacks for dim in c.state_dims.values())
+    assert float(fit.callback_metrics["compressm/total_state_dim"]) == total
+    seconds = sum(e["seconds"] for c in callbacks for e in c.history)
+    assert float(fit.callback_metrics["compressm/seconds"]) == pytest.approx(seconds)
 
 
 def test_hooks_of_a_layer_that_is_built_late(tmp_path: Path):

@@ -132,8 +132,16 @@ def test_nothing_happens_after_the_last_step(tmp_path: Any) -> None:
     assert steps == {3 * BATCHES - 1}, "the only look is at the last step that is followed by one"
 
 
+def test_fast_dev_run_does_not_fail_for_want_of_steps(tmp_path: Any) -> None:
+    callback = CompreSSMCallback(state_dim=4, window=(100, 400), verbose=False)
+    model = Classifier()
+    trainer(tmp_path, callback, fast_dev_run=5).fit(model, loader())
+    assert {event["step"] for event in callback.history} == {4}
+    assert model.net.first.d_state == 4
+
+
 def test_min_reduction_skips_with_a_reason(tmp_path: Any) -> None:
-    callback = CompreSSMCallback(fraction=0.2, min_reduction=0.5, verbose=False)
+    callback = CompreSSMCallback(state_dim=20, min_reduction=0.5, verbose=False)
     model = Classifier()
     trainer(tmp_path, callback).fit(model, loader())
     assert {event["action"] for event in callback.history} == {"skip"}

@@ -206,7 +206,26 @@ def test_rollback_survives_a_restart(tmp_path: Path, directory: bool, epoch: int
     assert strip[0] == strip[1]
 
 
-def _stopped_after(path: Path, epoch: int) -> Path:
+def test_runs_in_one_folder_keep_apart(tmp_path: Path) -> None:
+    checkpoint, kept = _stopped_after(tmp_path, 2), tmp_path / "kept"
+    (file,) = kept.glob("*.pt")
+    _stopped_after(tmp_path, 2, lr=0.5)
+    assert len(list(kept.glob("*.pt"))) == 2
+    model = Judged([1.0, 0.9, 1.5, 0.9, 0.8])
+    callback = CompreSSMCallback(**CUT, monitor="score", rollback_dir=str(kept))
+    before = torch.load(file, weights_only=True)["model"]
+    after = RecordAfter()
+    trainer(tmp_path, callback, after, max_epochs=4).fit(
+        model, StatefulLoader(), loader(1), ckpt_path=checkpoint
+    )
+    assert [e["action"] for e in callback.history] == ["reduce"] * 2 + ["rollback"] * 2
+    assert not file.exists()
+    assert len(list(kept.glob("*.pt"))) == 1
+    restored = after.values[3]["model"]
+    assert same({k: v for k, v in before.items() if k in restored}, restored)
+
+
+def _stopped_after(path: Path, epoch: int, **settings: Any) -> Path:
     class Stop(pl.Callback):
         def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
             if trainer.current_epoch == epoch + 1:
@@ -216,7 +235,7 @@ def _stopped_after(path: Path, epoch: int) -> Path:
     keep = ModelCheckpoint(path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     fit = trainer(path, Stop(), callback, keep, max_epochs=5, enable_checkpointing=True)
     with pytest.raises(SystemExit):
-        fit.fit(Judged([1.0, 0.9, 1.5, 0.9, 0.8]), StatefulLoader(), loader(1))
+        fit.fit(Judged([1.0, 0.9, 1.5, 0.9, 0.8], **settings), StatefulLoader(), loader(1))
     assert list((path / "kept").glob("*.pt"))
     return path / f"epoch={epoch}.ckpt"
 
@@ -227,7 +246,7 @@ def test_a_lost_file_stops_the_run_with_its_name(tmp_path: Path) -> None:
     file.unlink()
     callback = CompreSSMCallback(**CUT, monitor="score", rollback_dir=str(tmp_path / "kept"))
     model = Judged([1.0, 0.9, 1.5, 0.9, 0.8])
-    with pytest.raises(CheckpointError, match=r"before_reduction\.rank0\.pt"):
+    with pytest.raises(CheckpointError, match=r"before_reduction\.\w+\.step\d+\.rank0\.pt"):
         trainer(tmp_path, callback, max_epochs=5).fit(
             model, StatefulLoader(), loader(1), ckpt_path=checkpoint
         )

@@ -112,6 +112,46 @@ def test_every_family_grows_back(name: str) -> None:
     assert torch.equal(first(before), first(after))
 
 
+class Twins(nn.Module):
+    """Two layers that share all their tensors."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = layer, deepcopy(layer)
+        pairs = zip(self.first.modules(), self.second.modules(), strict=True)
+        for one, two in pairs:
+            two._parameters.update(one._parameters)
+            two._buffers.update(one._buffers)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.first(*args, **kwargs)
+        return self.second(*args, **kwargs)
+
+
+@pytest.mark.parametrize("name", sorted(registered_families()))
+def test_tied_layers_grow_back_both(name: str) -> None:
+    torch.manual_seed(0)
+    family = registered_families()[name]
+    layer, inputs = family.example(d_state=8)
+    model = Twins(layer)
+    n = family.state_dim(layer)
+    attributes = [_plain_attributes(module) for module in (model.first, model.second)]
+    snapshot = Snapshot.take(model)
+    compress(model, state_dim=3, sample=inputs, max_output_error=None)
+    assert family.state_dim(model.first) == family.state_dim(model.second) == 3
+    snapshot.restore(model)
+    assert family.state_dim(model.first) == family.state_dim(model.second) == n
+    assert [_plain_attributes(module) for module in (model.first, model.second)] == attributes
+    model(inputs)
+
+
+def _plain_attributes(module: nn.Module) -> list[dict[str, int]]:
+    return [
+        {name: value for name, value in vars(part).items() if type(value) is int}
+        for part in module.modules()
+    ]
+
+
 def test_undo_and_failure_leave_everything() -> None:
     model = Net()
     optimizer = OPTIMIZERS["adamw"](model.parameters())

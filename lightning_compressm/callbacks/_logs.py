@@ -1,0 +1,28 @@
+"""What is logged of reductions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import lightning.pytorch as pl
+
+from lightning_compressm.report import dimension_metrics
+
+if TYPE_CHECKING:
+    from lightning_compressm.callbacks.compressm import CompreSSMCallback
+
+__all__ = ["log_dimensions"]
+
+
+def log_dimensions(
+    callback: CompreSSMCallback, trainer: pl.Trainer, pl_module: pl.LightningModule
+) -> None:
+    """Log the state dimensions; the first callback does it for all, as there is one sum of them."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    together = [c for c in callbacks if isinstance(c, type(callback))]
+    if together[0] is not callback:
+        return
+    state_dims = {name: dim for c in together for name, dim in c.state_dims.items()}
+    history = sorted((e for c in together for e in c.history), key=lambda e: e["step"])
+    metrics = dimension_metrics(state_dims, history)
+    pl_module.log_dict(metrics, sync_dist=trainer.world_size > 1)
