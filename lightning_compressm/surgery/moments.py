@@ -2,11 +2,13 @@
 
 Gradients are covectors: with x = T x' the gradient of x' is T^H times that of x. Momentum-like
 state is a sum of gradients and follows the same matrices; second moments follow their squares
-(the diagonal of J diag(v) J^T); step sizes and other magnitudes keep their mean.
+(the diagonal of J diag(v) J^T); step sizes and other magnitudes keep their mean. What is known by
+no name is only ever sliced.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -113,6 +115,13 @@ def _transport_one(
             result[key] = _copied(value)
         elif not _follows(value, replacement.old):
             return None
+        elif _kind(key) == "unknown" and not isinstance(replacement.edit.moments, Select):
+            warnings.warn(
+                f"the optimizer's state '{key}' is not known to follow gradients or their squares, "
+                "so parameters in a new basis start theirs anew",
+                stacklevel=2,
+            )
+            return None
         else:
             new = _transport_tensor(name, key, replaced, states, carried)
             result[key] = new.to(value.dtype).contiguous()
@@ -128,7 +137,7 @@ def _transport_tensor(
 ) -> Tensor:
     replacement = replaced[name]
     value: Tensor = states[name][key]
-    rule, kind = replacement.edit.moments, _kind(key, value)
+    rule, kind = replacement.edit.moments, _kind(key)
     if isinstance(rule, Select):
         if value.shape[rule.dim] != replacement.old.shape[rule.dim]:
             return value.clone()
@@ -236,7 +245,7 @@ def _copied(value: Any) -> Any:
     return value.clone() if torch.is_tensor(value) else value
 
 
-def _kind(key: str, value: Tensor) -> str:
+def _kind(key: str) -> str:
     for kind, names in (
         ("first", _FIRST),
         ("second", _SECOND),
@@ -245,8 +254,9 @@ def _kind(key: str, value: Tensor) -> str:
     ):
         if key in names:
             return kind
-    # Unknown optimizers: what is never negative behaves like a second moment.
-    return "first" if value.is_complex() or bool((value < 0).any()) else "second"
+    if not key.startswith("exp_avg"):
+        return "unknown"
+    return "second" if key.endswith("_sq") else "first"
 
 
 def _keeps(value: Any, old: Tensor) -> bool:

@@ -123,11 +123,22 @@ def test_averaged_weights_become_the_new_weights():
     assert state["ax"] is not replacement.new
 
 
-def test_state_of_unknown_optimizers_is_judged_by_its_sign():
+def test_state_of_unknown_optimizers_is_sliced_or_started_anew():
+    """Schedule-free optimizers keep a point of the weights' own space, for one."""
+    state = {"exp_avg_sq": torch.rand(OLD, WIDTH), "z": torch.randn(OLD, WIDTH)}
+    kept = _one(Select(0, torch.tensor([4, 1])), state)
+    assert torch.equal(kept["z"], state["z"][[4, 1]])
+    matrix = torch.randn(NEW, OLD, dtype=torch.float64)
+    for rule in (Refill(), Combine(0, {"": {"w": matrix}})):
+        with pytest.warns(UserWarning, match="'z' is not known to follow gradients"):
+            assert _one(rule, state) is None
+
+
+def test_moments_of_optimizers_like_adam_are_known_by_their_names():
     signed, positive = torch.randn(OLD, WIDTH), torch.rand(OLD, WIDTH)
-    state = _one(Refill(), {"drift": signed, "spread": positive})
-    assert not state["drift"].any()
-    torch.testing.assert_close(state["spread"], (2 * positive.mean()).expand(NEW, WIDTH))
+    state = _one(Refill(), {"exp_avg_slow": signed, "exp_avg_slow_sq": positive})
+    assert not state["exp_avg_slow"].any()
+    torch.testing.assert_close(state["exp_avg_slow_sq"], (2 * positive.mean()).expand(NEW, WIDTH))
 
 
 @pytest.mark.parametrize(
