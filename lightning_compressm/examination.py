@@ -99,9 +99,15 @@ class Examination:
             sigma, seconds = self._give(known)
             assert sigma is not None
             self.analysis = mine or RemoteAnalysis(self.layer, sigma, seconds)
-        if self.analysis is not None and not self._spectrum_only and not self.analysis.sigma.any():
+        self._check_energy()
+
+    def _check_energy(self) -> None:
+        """A share of no energy says nothing of how many states to keep."""
+        by_energy = self._policy.tolerance is not None and not self._spectrum_only
+        if by_energy and self.analysis is not None and not self.analysis.sigma.any():
             self._give_up(
-                "its inputs never reach its outputs (B or C is zero), so no state matters"
+                "it has zero Hankel energy, since its inputs never reach its outputs (B or C is "
+                "zero); give `state_dim` or `fraction` to reduce it all the same"
             )
 
     def prepare_attempt(self, order: int, *, seed: int) -> None:

@@ -19,7 +19,6 @@ __all__ = [
     "average_to_current",
     "averages_of",
     "install_hooks_on_averages",
-    "warn_of_other_copies",
 ]
 
 _AVERAGING = (WeightAveraging, StochasticWeightAveraging)
@@ -34,7 +33,7 @@ def averages_of(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[nn.M
     return [copy.root for callback, copy in held if _is_average(callback, copy)]
 
 
-def warn_of_other_copies(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+def _warn_of_other_copies(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Say that a copy stays as it is where it may have been meant as an average."""
     for callback, copy in _held_copies(trainer, pl_module):
         if not _is_average(callback, copy) and _same_dims(pl_module, copy):
@@ -67,13 +66,15 @@ def install_hooks_on_averages(trainer: pl.Trainer, pl_module: pl.LightningModule
 def align_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """An average of other state dimensions than the model's starts from the model's weights.
 
-    It is left over where a reduced checkpoint was resumed that had been written without it.
+    It is left over where a reduced checkpoint was resumed that had been written without it. Copies
+    that are no averages stay as they are.
     """
     for copy in find_copies(pl_module, averages_of(trainer, pl_module)):
         if not _same_dims(pl_module, copy):
             install_resize_hooks(copy.mirror)
             original = pl_module.get_submodule(copy.path)
             copy.mirror.load_state_dict(original.state_dict())
+    _warn_of_other_copies(trainer, pl_module)
 
 
 def average_to_current(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

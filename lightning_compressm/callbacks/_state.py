@@ -27,6 +27,7 @@ __all__ = [
     "CallbackState",
     "Pending",
     "check_optimizer_states",
+    "pending_to_dict",
     "read_sequences",
     "read_spectra",
     "read_state",
@@ -69,6 +70,14 @@ def read_state(saved: object) -> CallbackState:
         rollback=_entry(saved, "rollback", _rollback),
         pending=_entry(saved, "pending", _pending),
     )
+
+
+def pending_to_dict(pending: Pending | None) -> dict[str, Any] | None:
+    """What was decided and not carried out yet, as plain types and tensors."""
+    if pending is None:
+        return None
+    plan, events = pending
+    return {"plan": plan.to_dict(), "events": [event.to_dict() for event in events]}
 
 
 def read_spectra(saved: object) -> tuple[list[dict[str, Any]], dict[str, Any]]:

@@ -13,13 +13,12 @@ from lightning_compressm.callbacks._averages import (
     align_averages,
     average_to_current,
     install_hooks_on_averages,
-    warn_of_other_copies,
 )
 from lightning_compressm.callbacks._limits import is_last_step, window_of
 from lightning_compressm.callbacks._logs import log_dimensions
 from lightning_compressm.callbacks._refusals import check_fit, check_setup
 from lightning_compressm.callbacks._rollback import RollbackGuard
-from lightning_compressm.callbacks._state import check_optimizer_states, read_state
+from lightning_compressm.callbacks._state import check_optimizer_states, pending_to_dict, read_state
 from lightning_compressm.callbacks._strategy import decide_together, swap
 from lightning_compressm.callbacks._watch import TrainingWatch
 from lightning_compressm.discovery import SSMLayer, select_layers
@@ -210,7 +209,6 @@ class CompreSSMCallback(Callback):
         check_fit(trainer, self._layers_of(pl_module).values())
         self._guard.check(trainer)
         align_averages(trainer, pl_module)
-        warn_of_other_copies(trainer, pl_module)
         self._last_step = trainer.global_step
         self._watch.start()
         self._refresh_state_dims(pl_module)
@@ -296,10 +294,6 @@ class CompreSSMCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Window, history and a committed but not yet executed plan; plain types and tensors."""
-        pending = None
-        if self._pending is not None:
-            plan, events = self._pending
-            pending = {"plan": plan.to_dict(), "events": [event.to_dict() for event in events]}
         return {
             "window": [self._window.start, self._window.end] if self._window else None,
             "history": [dict(event) for event in self.history],
@@ -307,7 +301,7 @@ class CompreSSMCallback(Callback):
             "looked_at_step": self._looked_at_step,
             "sequences": self._watch.state_dict(),
             "rollback": self._guard.state_dict(),
-            "pending": pending,
+            "pending": pending_to_dict(self._pending),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -13,18 +13,20 @@ unexpected keys are torch's business alone; :func:`load_compressed` is all or no
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from lightning_compressm.errors import CheckpointError
-from lightning_compressm.surgery.apply import apply_plan
+from lightning_compressm.surgery.apply import AppliedSurgery, Replacement, apply_plan
+from lightning_compressm.surgery.optimizer import checked_optimizers, rebind_optimizers
 from lightning_compressm.surgery.picture import ModelPicture
-from lightning_compressm.surgery.plan import SurgeryPlan
+from lightning_compressm.surgery.plan import SurgeryPlan, TensorEdit
 
 if TYPE_CHECKING:
     from lightning_compressm.families import FamilyBase
@@ -82,6 +84,9 @@ def install_resize_hooks(model: nn.Module) -> None:
     ``configure_model``), and leave it untouched where shapes disagree. Calling it again does
     nothing. ``load_from_checkpoint`` runs no callbacks: there, layers that have no hooks of their
     own (ours have) need this call at the end of the LightningModule's ``__init__``.
+
+    A layer that takes another size gets new parameters: call ``load_state_dict`` before you make an
+    optimizer, or :func:`load_compressed`, which takes optimizers along.
 
     Example:
         >>> from torch import nn
@@ -145,13 +150,21 @@ class _ModelHooks:
         self.errors = []
 
 
-def load_compressed(model: ModuleT, checkpoint: str | PathLike[str] | Mapping[str, Any]) -> ModuleT:
+def load_compressed(
+    model: ModuleT,
+    checkpoint: str | PathLike[str] | Mapping[str, Any],
+    *,
+    optimizers: Iterable[Optimizer] | Optimizer = (),
+) -> ModuleT:
     """Load a checkpoint of a reduced model into a model of any size, strictly.
 
     Args:
         model: built as for training; its SSM layers take the checkpoint's state dimensions.
         checkpoint: a file (Lightning checkpoint or plain state dict, read with
             ``weights_only=True``) or the mapping that such a file holds.
+        optimizers: those that were already made for ``model``: they go on with the new parameters
+            of the layers that take another size, whose state starts anew. Load a saved state of an
+            optimizer after this. One that is left out would go on with the old parameters.
 
     Returns:
         The same model.
@@ -159,15 +172,17 @@ def load_compressed(model: ModuleT, checkpoint: str | PathLike[str] | Mapping[st
     Raises:
         CheckpointError: if the file can't be read, holds no state dict, or does not fit. The
             model is as it was before.
+        UnsupportedOptimizerError: for an optimizer that can't be carried along.
 
     Example:
         >>> from lightning_compressm.nn import LRU
         >>> load_compressed(LRU(4, 8), LRU(4, 3).state_dict()).d_state
         3
     """
+    optimizers = checked_optimizers(optimizers)
     state_dict = _state_dict_of(checkpoint)
     install_resize_hooks(model)
-    picture = ModelPicture(model)
+    picture, before = ModelPicture(model), dict(model.named_parameters())
     # Copying into tensors without storage would silently leave the model empty.
     assign = any(t.is_meta for t in (*model.parameters(), *model.buffers()))
     try:
@@ -175,12 +190,25 @@ def load_compressed(model: ModuleT, checkpoint: str | PathLike[str] | Mapping[st
         if lost := list(_lost_parts(model, state_dict, "")):
             raise CheckpointError("; ".join(lost))
         model.load_state_dict(state_dict, assign=assign)
+        rebind_optimizers(optimizers, _replaced(model, before), "reset")
     except Exception as error:
         picture.restore()
         raise CheckpointError(
             f"the checkpoint does not fit the model, which is left as it was: {error}"
         ) from error
     return model
+
+
+def _replaced(model: nn.Module, before: Mapping[str, Tensor]) -> AppliedSurgery:
+    """Which parameters are other objects than before, whether by a resize or by assignment."""
+    pairs = {name: (before[name], now) for name, now in model.named_parameters()}
+    return AppliedSurgery(
+        {
+            n: Replacement(old, new, TensorEdit(new))
+            for n, (old, new) in pairs.items()
+            if old is not new
+        }
+    )
 
 
 def _state_dict_of(checkpoint: str | PathLike[str] | Mapping[str, Any]) -> Mapping[str, Any]:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_compressm import compress, load_compressed
-from lightning_compressm.errors import CheckpointError, SurgeryError
+from lightning_compressm.errors import CheckpointError, SurgeryError, UnsupportedOptimizerError
 from lightning_compressm.nn import LRU
 from lightning_compressm.surgery.loading import install_resize_hooks
 from tests.families.layers import PortedLRU
@@ -218,6 +218,44 @@ def test_load_compressed_resizes_and_returns_the_model(make: Any, old: int, new:
     source, model = make(new), make(old)
     assert load_compressed(model, source.state_dict()) is model
     assert _same_outputs(model, source)
+
+
+@pytest.mark.parametrize("meta", [False, True])
+def test_live_optimizers_train_what_was_loaded(meta: bool):
+    source = _net(4)
+    saved_optimizer = torch.optim.AdamW(source.parameters(), lr=0.1)
+    source(torch.randn(2, 8, 2)).sum().backward()
+    saved_optimizer.step()
+    saved = deepcopy((source.state_dict(), saved_optimizer.state_dict()))
+    with torch.device("meta" if meta else "cpu"):
+        model = _net(10)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    if not meta:
+        model(torch.randn(2, 8, 2)).sum().backward()
+        optimizer.step()
+    load_compressed(model, saved[0], optimizers=optimizer)
+    optimizer.load_state_dict(saved[1])
+    x = torch.randn(2, 8, 2)
+    for net, opt in ((source, saved_optimizer), (model, optimizer)):
+        opt.zero_grad()
+        net(x).square().sum().backward()
+        opt.step()
+    for name, value in source.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_a_failed_load_leaves_optimizers_alone():
+    model = _net(10)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(CheckpointError):
+        load_compressed(
+            model, {**_net(4).state_dict(), "more": torch.ones(1)}, optimizers=optimizer
+        )
+    with pytest.raises(UnsupportedOptimizerError, match=r"expected torch\.optim\.Optimizer"):
+        load_compressed(model, _net(4).state_dict(), optimizers=["adam"])  # type: ignore[list-item]
+    held = [id(p) for p in optimizer.param_groups[0]["params"]]
+    assert held == [id(p) for p in model.parameters()]
+    assert model[1].d_state == 10
 
 
 def test_a_model_that_is_a_layer():
