@@ -9,13 +9,14 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from lightning_compressm.errors import UnsupportedLayerError
+from lightning_compressm.errors import CompreSSMError, UnsupportedLayerError
 from lightning_compressm.families import find_family, named_layers, registered_families
 from lightning_compressm.families._base import FamilyBase, tensor_of
 from lightning_compressm.families._refused import refusal_reason
+from lightning_compressm.surgery.apply import check_replaceable
 from lightning_compressm.surgery.copies import inside_average
 
-__all__ = ["SSMLayer", "find_ssm_layers", "select_layers"]
+__all__ = ["SSMLayer", "find_ssm_layers", "refuse_irreplaceable", "select_layers"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +129,24 @@ def select_layers(
         _check_tensors(layer)
     _check_sharing(chosen.values(), [found[name] for name in found if name not in chosen])
     return chosen
+
+
+def refuse_irreplaceable(layers: Iterable[SSMLayer]) -> None:
+    """Refuse layers that can be analysed but not reduced, before any time is spent on that.
+
+    Raises:
+        UnsupportedLayerError: naming a layer with hooks on its state tensors, or whose tensors an
+            adapter wraps.
+
+    Example:
+        >>> from lightning_compressm.nn import LRU
+        >>> refuse_irreplaceable(find_ssm_layers(LRU(4, 8)).values())
+    """
+    for layer in layers:
+        try:
+            check_replaceable(layer.module, layer.family.state_axes(layer.module))
+        except CompreSSMError as error:
+            raise UnsupportedLayerError(f"'{layer.name}' can't be reduced: {error}") from error
 
 
 def _find_refused(model: nn.Module) -> dict[str, str]:

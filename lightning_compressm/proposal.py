@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lightning_compressm.analysis import Attempt, choose_order
-from lightning_compressm.discovery import SSMLayer, select_layers
+from lightning_compressm.discovery import SSMLayer, refuse_irreplaceable, select_layers
 from lightning_compressm.errors import CompreSSMError
 from lightning_compressm.examination import Examination
 from lightning_compressm.families import model_attributes
@@ -62,7 +62,7 @@ def propose(
         The plan and one event for each layer.
 
     Raises:
-        UnsupportedLayerError: if there is no SSM layer to look at.
+        UnsupportedLayerError: if there is no SSM layer to look at, or one that can't be replaced.
         NonFiniteError: if a layer's parameters hold NaN or infinity.
         UnstableSystemError: if a layer has an eigenvalue outside the open unit disc.
         CalibrationError: for a selective layer without calibration data.
@@ -76,7 +76,9 @@ def propose(
         4
     """
     context = context or Context()
-    layers, aliases = _split_aliases(select_layers(model, policy.layers, policy.ignore))
+    chosen = select_layers(model, policy.layers, policy.ignore)
+    refuse_irreplaceable(chosen.values())
+    layers, aliases = _split_aliases(chosen)
     examined = _examine(layers, policy, context)
     # Spectra are read before the attempts, after which a layer may have failed.
     spectra = {e.layer.name: e.analysis.sigma.cpu() for e in examined if e.analysis is not None}

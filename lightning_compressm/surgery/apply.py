@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from lightning_compressm.errors import NonFiniteError, SurgeryError, UnsupportedLayerError
 from lightning_compressm.surgery.plan import SurgeryPlan, TensorEdit
 
-__all__ = ["AppliedSurgery", "Replacement", "apply_plan"]
+__all__ = ["AppliedSurgery", "Replacement", "apply_plan", "check_replaceable"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +104,24 @@ def apply_plan(model: nn.Module, plan: SurgeryPlan) -> AppliedSurgery:
     return applied
 
 
+def check_replaceable(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse tensors that could not be replaced, before any time is spent on new values.
+
+    Args:
+        model: any module.
+        names: of parameters and buffers.
+
+    Raises:
+        SurgeryError: if a name is missing.
+        UnsupportedLayerError: for parametrizations and parameters with hooks.
+
+    Example:
+        >>> check_replaceable(nn.Linear(2, 2), ["weight"])
+    """
+    for name in names:
+        _find_tensor(model, name)
+
+
 def _prepare(model: nn.Module, plan: SurgeryPlan) -> dict[str, Replacement]:
     """Check every edit and build every new tensor before the first assignment."""
     replacements: dict[str, Replacement] = {}
@@ -146,7 +164,10 @@ def _find_tensor(model: nn.Module, name: str) -> Tensor:
     stores: dict[str, Tensor | None] = {**owner._buffers, **owner._parameters}
     tensor = stores.get(key)
     if tensor is None:
-        raise SurgeryError(f"'{name}' is neither a parameter nor a buffer of the model.")
+        raise SurgeryError(
+            f"'{name}' is neither a parameter nor a buffer of the model. If an adapter (LoRA) "
+            "wraps it, merge that first, or ignore this layer."
+        )
     plain = type(tensor) in (nn.Parameter, Tensor, nn.Buffer)
     hooked = tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None)
     if not plain or hooked:

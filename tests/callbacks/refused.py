@@ -25,6 +25,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostL
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from lightning_compressm import CompreSSMCallback
+from lightning_compressm.families import registered_families
 from lightning_compressm.nn import LRU
 from lightning_compressm.nn._mamba import MambaBlock
 
@@ -86,6 +87,31 @@ def _put(name: str, layer: nn.Module) -> Callable[[Any], None]:
 def _share_one(net: Any) -> None:
     net.second = LRU(4, 24)
     net.second.B_re = net.first.B_re
+
+
+def _hook(net: Any) -> None:
+    net.first.B_re.register_hook(lambda gradient: gradient)
+
+
+class Adapter(nn.Module):
+    """Wraps a linear map, as libraries for low-rank adaptation do."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """As the package peft has it."""
+        return self.base_layer.weight
+
+    def forward(self, x: Any) -> Any:
+        return self.base_layer(x)
+
+
+def _adapt(net: Any) -> None:
+    net.first, _ = registered_families()["Mamba"].example(d_state=16)
+    net.first.x_proj = Adapter(net.first.x_proj)
 
 
 def ddp(**options: Any) -> DDPStrategy:
@@ -249,5 +275,17 @@ REFUSED = [
         "share some of their state tensors but not all",
         "UnsupportedLayerError",
         model=lambda: changed(_share_one),
+    ),
+    Refused(
+        "gradient hooks on state parameters",
+        "'net.first' can't be reduced: 'B_re' has hooks",
+        "UnsupportedLayerError",
+        model=lambda: changed(_hook),
+    ),
+    Refused(
+        "adapters around a layer's projections",
+        "'net.first' can't be reduced: 'x_proj.weight' is neither .* adapter",
+        "UnsupportedLayerError",
+        model=lambda: changed(_adapt),
     ),
 ]
