@@ -14,12 +14,7 @@ from lightning_compressm.families import named_layers
 from lightning_compressm.surgery.copies import ModelCopy, find_copies
 from lightning_compressm.surgery.loading import install_resize_hooks
 
-__all__ = [
-    "align_averages",
-    "average_to_current",
-    "averages_of",
-    "install_hooks_on_averages",
-]
+__all__ = ["align_averages", "average_to_current", "averages_of", "install_hooks_on_averages"]
 
 _AVERAGING = (WeightAveraging, StochasticWeightAveraging)
 
@@ -31,17 +26,6 @@ def averages_of(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[nn.M
     """
     held = _held_copies(trainer, pl_module)
     return [copy.root for callback, copy in held if _is_average(callback, copy)]
-
-
-def _warn_of_other_copies(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Say that a copy stays as it is where it may have been meant as an average."""
-    for callback, copy in _held_copies(trainer, pl_module):
-        if not _is_average(callback, copy) and _same_dims(pl_module, copy):
-            rank_zero_warn(
-                f"CompreSSMCallback leaves the {type(copy.mirror).__name__} that "
-                f"{type(callback).__name__} holds as it is. If it is an average of the weights, "
-                "make it a torch.optim.swa_utils.AveragedModel, and it is reduced along."
-            )
 
 
 def _held_copies(
@@ -67,14 +51,20 @@ def align_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """An average of other state dimensions than the model's starts from the model's weights.
 
     It is left over where a reduced checkpoint was resumed that had been written without it. Copies
-    that are no averages stay as they are.
+    that are no averages stay as they are, with a warning where one may have been meant as one.
     """
-    for copy in find_copies(pl_module, averages_of(trainer, pl_module)):
-        if not _same_dims(pl_module, copy):
+    for callback, copy in _held_copies(trainer, pl_module):
+        average, same = _is_average(callback, copy), _same_dims(pl_module, copy)
+        if average and not same:
             install_resize_hooks(copy.mirror)
             original = pl_module.get_submodule(copy.path)
             copy.mirror.load_state_dict(original.state_dict())
-    _warn_of_other_copies(trainer, pl_module)
+        elif same and not average:
+            rank_zero_warn(
+                f"CompreSSMCallback leaves the {type(copy.mirror).__name__} that "
+                f"{type(callback).__name__} holds as it is. If it is an average of the weights, "
+                "make it a torch.optim.swa_utils.AveragedModel, and it is reduced along."
+            )
 
 
 def average_to_current(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -40,8 +40,7 @@ def window_of(schedule: Schedule, trainer: pl.Trainer) -> Window:
     Raises:
         ValueError: for a window in shares of an endless run, or one after the run's end.
     """
-    fast_run = trainer.fast_dev_run  # type: ignore[attr-defined]
-    if fast_run and not schedule.is_share:
+    if trainer.fast_dev_run and not schedule.is_share:  # type: ignore[attr-defined]
         # A few steps to see that all works must not fail for want of steps.
         schedule = replace(schedule, window=(0.0, 1.0))
     return schedule.resolve(total_steps(trainer))

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_compressm.callbacks._averages import averages_of
 from lightning_compressm.callbacks._strategy import carry_out
+from lightning_compressm.callbacks._together import all_together
 from lightning_compressm.discovery import SSMLayer
 from lightning_compressm.errors import CheckpointError, SurgeryError
 from lightning_compressm.policy import check_amount, check_choice, check_text
@@ -79,21 +80,18 @@ class RollbackGuard:
         return self._snapshot is not None or self._file is not None
 
     def check(self, trainer: pl.Trainer) -> None:
-        """Refuse a run without validation, or with another guard; to be called on all ranks.
+        """Refuse a run without validation, or with another callback; to be called on all ranks.
 
         Raises:
             ValueError: if nothing would ever be judged, or if two would undo each other's work.
         """
         if self.monitor is None:
             return
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        guards = [
-            g for c in callbacks if isinstance(g := getattr(c, "_guard", None), RollbackGuard)
-        ]
-        if len(guards) > 1:
+        count = len(all_together(trainer))
+        if count > 1:
             raise ValueError(
                 f"monitor={self.monitor!r}: expected one CompreSSMCallback in the Trainer, got "
-                f"{len(guards)}; a rollback brings the whole model back, and with it what another "
+                f"{count}; a rollback brings the whole model back, and with it what another "
                 "one had reduced. Reduce all layers by one callback, or leave `monitor` out."
             )
         self._run = trainer.strategy.broadcast(uuid4().hex[:8])

@@ -56,18 +56,18 @@ class TrainingWatch:
 
     def detach(self) -> None:
         """Keep what was heard; safe to call at any time."""
-        if self._recorder is None:
+        recorder = self._recorder
+        if recorder is None:
             return
-        self._recorder.close()
-        for name, length in self._recorder.lengths.items():
+        self.drop()
+        for name, length in recorder.lengths.items():
             self.lengths[name] = max(length, self.lengths.get(name, 0))
-        for name, calls in self._recorder.inputs.items():
+        for name, calls in recorder.inputs.items():
             self._inputs[name] = [*self._inputs.get(name, []), *calls][-self.batches :]
-        self._recorder = None
         self._seen += 1
 
     def drop(self) -> None:
-        """Stop listening to a batch that was skipped: another hook returned -1 at its start."""
+        """Stop listening; alone, to a batch that was skipped (a hook returned -1 at its start)."""
         if self._recorder is not None:
             self._recorder.close()
             self._recorder = None

@@ -15,11 +15,11 @@ from lightning_compressm.callbacks._averages import (
     install_hooks_on_averages,
 )
 from lightning_compressm.callbacks._limits import is_last_step, window_of
-from lightning_compressm.callbacks._logs import log_dimensions
 from lightning_compressm.callbacks._refusals import check_fit, check_setup
 from lightning_compressm.callbacks._rollback import RollbackGuard
 from lightning_compressm.callbacks._state import check_optimizer_states, pending_to_dict, read_state
 from lightning_compressm.callbacks._strategy import decide_together, swap
+from lightning_compressm.callbacks._together import log_dimensions
 from lightning_compressm.callbacks._watch import TrainingWatch
 from lightning_compressm.discovery import SSMLayer, select_layers
 from lightning_compressm.policy import (
@@ -55,7 +55,7 @@ class CompreSSMCallback(Callback):
     Args:
         tolerance: share of each layer's Hankel energy that may go, in [0, 1). Default 0.05. At
             most one of ``tolerance``, ``fraction`` and ``state_dim``.
-        fraction: drop this share of the current states at every look, in (0, 1).
+        fraction: drop this share of the current states at every look, in [``min_reduction``, 1).
         state_dim: go down to this dimension.
         window: two floats: shares of the training run; two ints: optimizer steps.
         every_n_epochs: look at the end of every n-th epoch.

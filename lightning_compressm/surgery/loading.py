@@ -201,12 +201,11 @@ def load_compressed(
 
 def _replaced(model: nn.Module, before: Mapping[str, Tensor]) -> AppliedSurgery:
     """Which parameters are other objects than before, whether by a resize or by assignment."""
-    pairs = {name: (before[name], now) for name, now in model.named_parameters()}
     return AppliedSurgery(
         {
-            n: Replacement(old, new, TensorEdit(new))
-            for n, (old, new) in pairs.items()
-            if old is not new
+            name: Replacement(before[name], now, TensorEdit(now))
+            for name, now in model.named_parameters()
+            if now is not before[name]
         }
     )
 

@@ -115,15 +115,10 @@ def _transport_one(
             result[key] = _copied(value)
         elif not _follows(value, replacement.old):
             return None
-        elif _kind(key) == "unknown" and not isinstance(replacement.edit.moments, Select):
-            warnings.warn(
-                f"the optimizer's state '{key}' is not known to follow gradients or their squares, "
-                "so parameters in a new basis start theirs anew",
-                stacklevel=2,
-            )
-            return None
         else:
             new = _transport_tensor(name, key, replaced, states, carried)
+            if new is None:
+                return None
             result[key] = new.to(value.dtype).contiguous()
     return result
 
@@ -134,7 +129,7 @@ def _transport_tensor(
     replaced: Mapping[str, Replacement],
     states: Mapping[str, State],
     carried: Mapping[str, State],
-) -> Tensor:
+) -> Tensor | None:
     replacement = replaced[name]
     value: Tensor = states[name][key]
     rule, kind = replacement.edit.moments, _kind(key)
@@ -142,6 +137,13 @@ def _transport_tensor(
         if value.shape[rule.dim] != replacement.old.shape[rule.dim]:
             return value.clone()
         return take(value, rule.dim, rule.index)
+    if kind == "unknown":
+        warnings.warn(
+            f"the optimizer's state '{key}' is not known to follow gradients or their squares, so "
+            "parameters in a new basis start theirs anew",
+            stacklevel=2,
+        )
+        return None
     if kind == "point":
         return replacement.new.detach().clone()
     if isinstance(rule, Combine) and kind in ("first", "second"):

@@ -171,8 +171,7 @@ def _restore_values(
     }
     resized = resize_all_plan(module, every_name, "")
     edits = {
-        name: TensorEdit(saved_of[id(_find(module, name))], edit.moments)
-        for name, edit in resized.edits.items()
+        name: TensorEdit(every_name[name], edit.moments) for name, edit in resized.edits.items()
     }
     applied = apply_plan(module, SurgeryPlan(edits, resized.attributes))
     undos.append(applied.undo)
@@ -183,12 +182,6 @@ def _restore_values(
                 undos.append(_value_restorer(tensor, tensor.detach().clone()))
                 tensor.copy_(saved[name])
     return applied
-
-
-def _find(module: nn.Module, name: str) -> Tensor:
-    path, _, key = name.rpartition(".")
-    tensor: Tensor = getattr(module.get_submodule(path), key)
-    return tensor
 
 
 def _value_restorer(tensor: Tensor, before: Tensor) -> Callable[[], None]:

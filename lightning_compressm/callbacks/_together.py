@@ -1,4 +1,4 @@
-"""What is logged of reductions."""
+"""Several :class:`CompreSSMCallback` in one Trainer, each for layers of its own."""
 
 from __future__ import annotations
 
@@ -11,15 +11,22 @@ from lightning_compressm.report import dimension_metrics
 if TYPE_CHECKING:
     from lightning_compressm.callbacks.compressm import CompreSSMCallback
 
-__all__ = ["log_dimensions"]
+__all__ = ["all_together", "log_dimensions"]
+
+
+def all_together(trainer: pl.Trainer) -> list[CompreSSMCallback]:
+    """All that reduce the Trainer's model, in its order of callbacks."""
+    from lightning_compressm.callbacks.compressm import CompreSSMCallback
+
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, CompreSSMCallback)]
 
 
 def log_dimensions(
     callback: CompreSSMCallback, trainer: pl.Trainer, pl_module: pl.LightningModule
 ) -> None:
     """Log the state dimensions; the first callback does it for all, as there is one sum of them."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    together = [c for c in callbacks if isinstance(c, type(callback))]
+    together = all_together(trainer)
     if together[0] is not callback:
         return
     state_dims = {name: dim for c in together for name, dim in c.state_dims.items()}
