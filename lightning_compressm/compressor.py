@@ -9,21 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_compressm.discovery import SSMLayer, select_layers
+from lightning_compressm.model.layers import SSMLayer, select_layers
 from lightning_compressm.errors import CalibrationError
-from lightning_compressm.policy import (
+from lightning_compressm.reduction.policy import (
     DEFAULT_OUTPUT_ERROR,
     BalanceChoice,
     HorizonChoice,
     ReductionPolicy,
     Selection,
 )
-from lightning_compressm.proposal import measure_spectra, propose
-from lightning_compressm.recording import CallRecorder, Context
-from lightning_compressm.report import CompressionReport
+from lightning_compressm.reduction.decision import measure_spectra, propose
+from lightning_compressm.reduction.recorder import CallRecorder, Context
+from lightning_compressm.reduction.events import CompressionReport
 from lightning_compressm.surgery.apply import apply_plan
-from lightning_compressm.surgery.copies import averages_inside, find_copies
-from lightning_compressm.surgery.loading import install_resize_hooks
+from lightning_compressm.model.copies import averages_inside, find_copies
+from lightning_compressm.model.loading import install_resize_hooks
 from lightning_compressm.surgery.optimizer import (
     OptimizerStatePolicy,
     carry_gradients,
@@ -63,8 +63,8 @@ def apply_proposal(
 
     Example:
         >>> from lightning_compressm.nn import LRU
-        >>> from lightning_compressm.policy import ReductionPolicy
-        >>> from lightning_compressm.proposal import propose
+        >>> from lightning_compressm.reduction.policy import ReductionPolicy
+        >>> from lightning_compressm.reduction.decision import propose
         >>> layer = LRU(1, 16)
         >>> undo = apply_proposal(layer, propose(layer, ReductionPolicy(state_dim=4)).plan)
         >>> layer.d_state

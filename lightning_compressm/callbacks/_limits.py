@@ -7,7 +7,7 @@ from dataclasses import replace
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
-from lightning_compressm.schedule import Schedule, Window
+from lightning_compressm.callbacks.schedule import Schedule, Window
 
 __all__ = ["accumulation_changes", "is_last_step", "total_steps", "window_of"]
 

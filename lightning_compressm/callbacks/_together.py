@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 
-from lightning_compressm.report import dimension_metrics
+from lightning_compressm.reduction.events import dimension_metrics
 
 if TYPE_CHECKING:
     from lightning_compressm.callbacks.compressm import CompreSSMCallback

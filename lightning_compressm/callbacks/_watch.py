@@ -6,10 +6,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from lightning_compressm.discovery import SSMLayer, select_layers
+from lightning_compressm.model.layers import SSMLayer, select_layers
 from lightning_compressm.families import SelectiveFamily
-from lightning_compressm.policy import ReductionPolicy
-from lightning_compressm.recording import CallRecorder, Context, Processes
+from lightning_compressm.reduction.policy import ReductionPolicy
+from lightning_compressm.reduction.recorder import CallRecorder, Context, Processes
 
 __all__ = ["TrainingWatch"]
 

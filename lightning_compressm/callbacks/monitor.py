@@ -8,15 +8,15 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from lightning_compressm.callbacks._state import read_spectra
+from lightning_compressm.callbacks._checkpoint import read_spectra
 from lightning_compressm.callbacks._strategy import decide_together
 from lightning_compressm.callbacks._watch import TrainingWatch
 from lightning_compressm.control import order_for_energy
-from lightning_compressm.discovery import select_layers
-from lightning_compressm.policy import BalanceChoice, ReductionPolicy, check_count
-from lightning_compressm.proposal import measure_spectra
-from lightning_compressm.recording import Processes
-from lightning_compressm.surgery.loading import install_resize_hooks
+from lightning_compressm.model.layers import select_layers
+from lightning_compressm.reduction.policy import BalanceChoice, ReductionPolicy, check_count
+from lightning_compressm.reduction.decision import measure_spectra
+from lightning_compressm.reduction.recorder import Processes
+from lightning_compressm.model.loading import install_resize_hooks
 
 __all__ = ["HankelMonitor"]
 

@@ -21,7 +21,7 @@ from lightning_compressm.nn._checks import (
 from lightning_compressm.nn._discretize import DISCRETIZATIONS, Discretization, discretize
 from lightning_compressm.nn._hippo import hippo_normal
 from lightning_compressm.nn._two_level import full_precision
-from lightning_compressm.surgery.loading import resize_on_load
+from lightning_compressm.model.loading import resize_on_load
 
 __all__ = ["S4D"]
 

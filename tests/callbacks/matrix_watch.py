@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 from torch import Tensor, nn
 
 from lightning_compressm import CompreSSMCallback
-from lightning_compressm.discovery import find_ssm_layers
+from lightning_compressm.model.layers import find_ssm_layers
 
 from .helpers import dataset
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from lightning_compressm.discovery import find_ssm_layers
+from lightning_compressm.model.layers import find_ssm_layers
 
 from . import matrix
 from .matrix_run import run

@@ -17,7 +17,7 @@ from lightning_compressm import CompreSSMCallback, compress, find_ssm_layers, lo
 from lightning_compressm.errors import CheckpointError
 from lightning_compressm.nn import S5
 from lightning_compressm.nn._mamba import MambaBlock
-from lightning_compressm.surgery.loading import install_resize_hooks
+from lightning_compressm.model.loading import install_resize_hooks
 from tests.families.layers import PortedLRU
 
 from .checkpointing import EPOCHS, SETTINGS, Run, make

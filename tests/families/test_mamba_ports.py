@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_compressm import compress, find_ssm_layers, load_compressed
 from lightning_compressm.errors import CheckpointError, UnsupportedLayerError
-from lightning_compressm.surgery.padding import pad_state_dim
+from lightning_compressm.model.padding import pad_state_dim
 from tests.families.selective import drop_others, relative, scanned, seen, stop_reading
 
 OPTIONS = [

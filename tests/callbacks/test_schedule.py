@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from lightning_compressm.schedule import Schedule, Window
+from lightning_compressm.callbacks.schedule import Schedule, Window
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compressm import find_ssm_layers
-from lightning_compressm.discovery import select_layers
+from lightning_compressm.model.layers import select_layers
 from lightning_compressm.errors import UnsupportedLayerError
 from lightning_compressm.families.lru import LRUFamily
 from lightning_compressm.nn import LRU
-from lightning_compressm.recording import CallRecorder
+from lightning_compressm.reduction.recorder import CallRecorder
 from tests.families.layers import PortedLRU
 
 

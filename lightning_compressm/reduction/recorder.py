@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_compressm.discovery import SSMLayer
+from lightning_compressm.model.layers import SSMLayer
 from lightning_compressm.families import SelectiveFamily
-from lightning_compressm.trouble import Reach, TroubleError, describe, reach_of
+from lightning_compressm.reduction.failures import Reach, TroubleError, describe, reach_of
 
 __all__ = ["CallRecorder", "Context", "Processes"]
 
@@ -97,7 +97,7 @@ class CallRecorder:
 
     Example:
         >>> import torch
-        >>> from lightning_compressm.discovery import find_ssm_layers
+        >>> from lightning_compressm.model.layers import find_ssm_layers
         >>> from lightning_compressm.nn import LRU
         >>> layer = LRU(4, 8)
         >>> with CallRecorder(find_ssm_layers(layer)) as recorder:

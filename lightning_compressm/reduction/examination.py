@@ -11,8 +11,8 @@ from typing import Any, NoReturn, TypeVar
 
 from torch import Tensor, nn
 
-from lightning_compressm.analysis import Attempt, LayerAnalysis
-from lightning_compressm.discovery import SSMLayer
+from lightning_compressm.reduction.analysis import Attempt, LayerAnalysis
+from lightning_compressm.model.layers import SSMLayer
 from lightning_compressm.errors import (
     CompreSSMError,
     IllConditionedError,
@@ -20,11 +20,11 @@ from lightning_compressm.errors import (
     UnstableSystemError,
 )
 from lightning_compressm.families import Family, SelectiveFamily
-from lightning_compressm.linear import analyse_linear
-from lightning_compressm.policy import ReductionPolicy
-from lightning_compressm.recording import Context
-from lightning_compressm.selective import analyse_selective
-from lightning_compressm.trouble import LinAlgError, Reach, TroubleError, describe, reach_of
+from lightning_compressm.reduction.linear import analyse_linear
+from lightning_compressm.reduction.policy import ReductionPolicy
+from lightning_compressm.reduction.recorder import Context
+from lightning_compressm.reduction.selective import analyse_selective
+from lightning_compressm.reduction.failures import LinAlgError, Reach, TroubleError, describe, reach_of
 
 __all__ = ["Examination", "RemoteAnalysis", "analyse_layer"]
 
@@ -52,7 +52,7 @@ class Examination:
         failure: why the layer stays as it is; empty as long as nothing failed.
 
     Example:
-        >>> from lightning_compressm.discovery import find_ssm_layers
+        >>> from lightning_compressm.model.layers import find_ssm_layers
         >>> from lightning_compressm.nn import LRU
         >>> layer = find_ssm_layers(LRU(4, 8))[""]
         >>> examination = Examination(layer, ReductionPolicy(state_dim=3), Context())
@@ -242,7 +242,7 @@ def analyse_layer(
     """Analyse one layer as its family asks for, only for its spectrum or for reductions as well.
 
     Example:
-        >>> from lightning_compressm.discovery import find_ssm_layers
+        >>> from lightning_compressm.model.layers import find_ssm_layers
         >>> from lightning_compressm.nn import LRU
         >>> layer = find_ssm_layers(LRU(4, 8))[""]
         >>> analyse_layer(layer, ReductionPolicy(), Context()).sigma.shape

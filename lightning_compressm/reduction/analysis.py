@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from lightning_compressm.control import constrain_order, order_for_energy, order_for_fraction
-from lightning_compressm.discovery import SSMLayer
+from lightning_compressm.model.layers import SSMLayer
 from lightning_compressm.errors import CompreSSMError
-from lightning_compressm.policy import ReductionPolicy
+from lightning_compressm.reduction.policy import ReductionPolicy
 from lightning_compressm.surgery.plan import SurgeryPlan
 
 __all__ = ["Attempt", "LayerAnalysis", "choose_order", "naming"]
@@ -84,10 +84,10 @@ def choose_order(analysis: LayerAnalysis, policy: ReductionPolicy) -> int:
     """The state dimension that a layer keeps under ``policy``, at most its current one.
 
     Example:
-        >>> from lightning_compressm.discovery import find_ssm_layers
-        >>> from lightning_compressm.examination import analyse_layer
+        >>> from lightning_compressm.model.layers import find_ssm_layers
+        >>> from lightning_compressm.reduction.examination import analyse_layer
         >>> from lightning_compressm.nn import LRU
-        >>> from lightning_compressm.recording import Context
+        >>> from lightning_compressm.reduction.recorder import Context
         >>> policy = ReductionPolicy(state_dim=3, round_to=2)
         >>> layer = find_ssm_layers(LRU(4, 8))[""]
         >>> choose_order(analyse_layer(layer, policy, Context()), policy)

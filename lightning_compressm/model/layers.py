@@ -14,7 +14,7 @@ from lightning_compressm.families import find_family, named_layers, registered_f
 from lightning_compressm.families._base import FamilyBase, tensor_of
 from lightning_compressm.families._refused import refusal_reason
 from lightning_compressm.surgery.apply import check_replaceable
-from lightning_compressm.surgery.copies import inside_average
+from lightning_compressm.model.copies import inside_average
 
 __all__ = ["SSMLayer", "find_ssm_layers", "refuse_irreplaceable", "select_layers"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import isfinite
 
-from lightning_compressm.policy import check_count
+from lightning_compressm.reduction.policy import check_count
 
 __all__ = ["Schedule", "Window"]
 

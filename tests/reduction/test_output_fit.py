@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_compressm.local_refit import fit_output, output_error
-from lightning_compressm.recording import Processes
+from lightning_compressm.reduction.output_fit import fit_output, output_error
+from lightning_compressm.reduction.recorder import Processes
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5, 120])

@@ -19,7 +19,7 @@ from lightning_compressm.families import SelectiveFamily
 from lightning_compressm.nn import LRU
 from lightning_compressm.nn._mamba import Mamba2Block, MambaBlock, MultiHeadMambaBlock
 from lightning_compressm.surgery.apply import apply_plan
-from lightning_compressm.surgery.padding import pad_state_dim
+from lightning_compressm.model.padding import pad_state_dim
 from tests.families.hf_models import KINDS, generated, logits, model_like
 from tests.families.selective import relative
 

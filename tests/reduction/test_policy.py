@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lightning_compressm.policy import (
+from lightning_compressm.reduction.policy import (
     ReductionPolicy,
     check_choice,
     check_count,

@@ -12,7 +12,7 @@ import torch
 from lightning_compressm import compress
 from lightning_compressm.nn import LRU
 from lightning_compressm.plot import plot_spectra
-from lightning_compressm.report import CompressionReport, LayerEvent, format_table
+from lightning_compressm.reduction.events import CompressionReport, LayerEvent, format_table
 
 REDUCED = LayerEvent(
     layer="net.first",

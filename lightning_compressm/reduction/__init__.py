@@ -1,0 +1,1 @@
+"""How a reduction is decided; nothing is changed here."""
