@@ -14,10 +14,10 @@ from lightning_compressm.__about__ import __version__
 if TYPE_CHECKING:
     from lightning_compressm.callbacks import CompreSSMCallback, HankelMonitor
     from lightning_compressm.compressor import compress, hankel_spectra
-    from lightning_compressm.model.layers import find_ssm_layers
     from lightning_compressm.families import Family, register_family
-    from lightning_compressm.regularizer import HankelRegularizer
+    from lightning_compressm.model.layers import find_ssm_layers
     from lightning_compressm.model.loading import load_compressed
+    from lightning_compressm.regularizer import HankelRegularizer
 
 __all__ = [
     "CompreSSMCallback",
@@ -40,8 +40,8 @@ _HOMES = {
     "register_family": "families",
     "compress": "compressor",
     "hankel_spectra": "compressor",
-    "find_ssm_layers": "discovery",
-    "load_compressed": "surgery.loading",
+    "find_ssm_layers": "model.layers",
+    "load_compressed": "model.loading",
 }
 
 

@@ -9,8 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_compressm.model.layers import SSMLayer, select_layers
 from lightning_compressm.errors import CalibrationError
+from lightning_compressm.model.copies import averages_inside, find_copies
+from lightning_compressm.model.layers import SSMLayer, select_layers
+from lightning_compressm.model.loading import install_resize_hooks
+from lightning_compressm.reduction.decision import measure_spectra, propose
+from lightning_compressm.reduction.events import CompressionReport
 from lightning_compressm.reduction.policy import (
     DEFAULT_OUTPUT_ERROR,
     BalanceChoice,
@@ -18,12 +22,8 @@ from lightning_compressm.reduction.policy import (
     ReductionPolicy,
     Selection,
 )
-from lightning_compressm.reduction.decision import measure_spectra, propose
 from lightning_compressm.reduction.recorder import CallRecorder, Context
-from lightning_compressm.reduction.events import CompressionReport
 from lightning_compressm.surgery.apply import apply_plan
-from lightning_compressm.model.copies import averages_inside, find_copies
-from lightning_compressm.model.loading import install_resize_hooks
 from lightning_compressm.surgery.optimizer import (
     OptimizerStatePolicy,
     carry_gradients,

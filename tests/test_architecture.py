@@ -20,7 +20,17 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_compressm"
 NAME = "lightning_compressm"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-PARTS = ("control", "nn", "families", "surgery", "model", "reduction", "compat", "callbacks", "testing")
+PARTS = (
+    "control",
+    "nn",
+    "families",
+    "surgery",
+    "model",
+    "reduction",
+    "compat",
+    "callbacks",
+    "testing",
+)
 MAX_LINES = 400
 
 # Scripts outside this repository call these names: removing one breaks them.

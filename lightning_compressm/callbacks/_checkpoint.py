@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_compressm.errors import CheckpointError
-from lightning_compressm.reduction.events import LayerEvent
 from lightning_compressm.callbacks.schedule import Window
+from lightning_compressm.errors import CheckpointError
+from lightning_compressm.model.snapshot import Snapshot
+from lightning_compressm.reduction.events import LayerEvent
 from lightning_compressm.surgery.moments import misfit
 from lightning_compressm.surgery.plan import (
     Combine,
@@ -21,7 +22,6 @@ from lightning_compressm.surgery.plan import (
     Select,
     SurgeryPlan,
 )
-from lightning_compressm.model.snapshot import Snapshot
 
 __all__ = [
     "CallbackState",

@@ -10,8 +10,8 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from lightning_compressm.callbacks._limits import accumulation_changes
-from lightning_compressm.model.layers import SSMLayer, find_ssm_layers, refuse_irreplaceable
 from lightning_compressm.errors import UnsupportedStrategyError
+from lightning_compressm.model.layers import SSMLayer, find_ssm_layers, refuse_irreplaceable
 from lightning_compressm.model.loading import lacks_resize_hooks
 from lightning_compressm.surgery.optimizer import check_optimizer
 

@@ -16,12 +16,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_compressm.callbacks._averages import averages_of
 from lightning_compressm.callbacks._strategy import carry_out
 from lightning_compressm.callbacks._together import all_together
-from lightning_compressm.model.layers import SSMLayer
 from lightning_compressm.errors import CheckpointError, SurgeryError
-from lightning_compressm.reduction.policy import check_amount, check_choice, check_text
-from lightning_compressm.reduction.events import LayerEvent
+from lightning_compressm.model.layers import SSMLayer
 from lightning_compressm.model.snapshot import Snapshot
+from lightning_compressm.reduction.events import LayerEvent
 from lightning_compressm.reduction.failures import TroubleError
+from lightning_compressm.reduction.policy import check_amount, check_choice, check_text
 
 __all__ = ["RollbackGuard"]
 

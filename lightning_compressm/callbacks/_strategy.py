@@ -15,10 +15,10 @@ from torch import Tensor
 from lightning_compressm.callbacks._averages import averages_of
 from lightning_compressm.compressor import apply_proposal
 from lightning_compressm.errors import CompreSSMError, SurgeryError
+from lightning_compressm.reduction.failures import Reach, TroubleError, describe, reach_of
 from lightning_compressm.reduction.recorder import Processes
 from lightning_compressm.surgery.optimizer import OptimizerStatePolicy
 from lightning_compressm.surgery.plan import SurgeryPlan
-from lightning_compressm.reduction.failures import Reach, TroubleError, describe, reach_of
 
 __all__ = [
     "Ranks",

@@ -6,8 +6,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from lightning_compressm.model.layers import SSMLayer, select_layers
 from lightning_compressm.families import SelectiveFamily
+from lightning_compressm.model.layers import SSMLayer, select_layers
 from lightning_compressm.reduction.policy import ReductionPolicy
 from lightning_compressm.reduction.recorder import CallRecorder, Context, Processes
 

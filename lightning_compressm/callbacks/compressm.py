@@ -14,14 +14,23 @@ from lightning_compressm.callbacks._averages import (
     average_to_current,
     install_hooks_on_averages,
 )
+from lightning_compressm.callbacks._checkpoint import (
+    check_optimizer_states,
+    pending_to_dict,
+    read_state,
+)
 from lightning_compressm.callbacks._limits import is_last_step, window_of
 from lightning_compressm.callbacks._refusals import check_fit, check_setup
 from lightning_compressm.callbacks._rollback import RollbackGuard
-from lightning_compressm.callbacks._checkpoint import check_optimizer_states, pending_to_dict, read_state
 from lightning_compressm.callbacks._strategy import decide_together, swap
 from lightning_compressm.callbacks._together import log_dimensions
 from lightning_compressm.callbacks._watch import TrainingWatch
+from lightning_compressm.callbacks.schedule import Schedule, Window
 from lightning_compressm.model.layers import SSMLayer, select_layers
+from lightning_compressm.model.loading import install_resize_hooks
+from lightning_compressm.reduction.decision import propose
+from lightning_compressm.reduction.events import LayerEvent, format_table
+from lightning_compressm.reduction.failures import TroubleError
 from lightning_compressm.reduction.policy import (
     DEFAULT_OUTPUT_ERROR,
     BalanceChoice,
@@ -31,14 +40,9 @@ from lightning_compressm.reduction.policy import (
     check_count,
     check_flag,
 )
-from lightning_compressm.reduction.decision import propose
 from lightning_compressm.reduction.recorder import Processes
-from lightning_compressm.reduction.events import LayerEvent, format_table
-from lightning_compressm.callbacks.schedule import Schedule, Window
-from lightning_compressm.model.loading import install_resize_hooks
 from lightning_compressm.surgery.optimizer import OptimizerStatePolicy
 from lightning_compressm.surgery.plan import SurgeryPlan
-from lightning_compressm.reduction.failures import TroubleError
 
 __all__ = ["CompreSSMCallback"]
 

@@ -13,8 +13,8 @@ from lightning_compressm.errors import CompreSSMError, UnsupportedLayerError
 from lightning_compressm.families import find_family, named_layers, registered_families
 from lightning_compressm.families._base import FamilyBase, tensor_of
 from lightning_compressm.families._refused import refusal_reason
-from lightning_compressm.surgery.apply import check_replaceable
 from lightning_compressm.model.copies import inside_average
+from lightning_compressm.surgery.apply import check_replaceable
 
 __all__ = ["SSMLayer", "find_ssm_layers", "refuse_irreplaceable", "select_layers"]
 

@@ -23,9 +23,9 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_compressm.errors import CheckpointError
+from lightning_compressm.model.picture import ModelPicture
 from lightning_compressm.surgery.apply import AppliedSurgery, Replacement, apply_plan
 from lightning_compressm.surgery.optimizer import checked_optimizers, rebind_optimizers
-from lightning_compressm.model.picture import ModelPicture
 from lightning_compressm.surgery.plan import SurgeryPlan, TensorEdit
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_compressm.errors import SurgeryError
-from lightning_compressm.surgery.apply import AppliedSurgery, apply_plan
 from lightning_compressm.model.loading import resize_all_plan
+from lightning_compressm.surgery.apply import AppliedSurgery, apply_plan
 from lightning_compressm.surgery.optimizer import rebind_optimizers
 from lightning_compressm.surgery.plan import SurgeryPlan, TensorEdit
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lightning_compressm.model.loading import resize_on_load
 from lightning_compressm.nn._bank import bank_chunk, chunked_bank, powers_by_doubling
 from lightning_compressm.nn._checks import (
     check_choice,
@@ -21,7 +22,6 @@ from lightning_compressm.nn._checks import (
 from lightning_compressm.nn._discretize import DISCRETIZATIONS, Discretization, discretize
 from lightning_compressm.nn._hippo import hippo_normal
 from lightning_compressm.nn._two_level import full_precision
-from lightning_compressm.model.loading import resize_on_load
 
 __all__ = ["S4D"]
 

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lightning_compressm.model.loading import resize_on_load
 from lightning_compressm.nn._checks import (
     check_choice,
     check_dtype,
@@ -19,7 +20,6 @@ from lightning_compressm.nn._discretize import DISCRETIZATIONS, Discretization, 
 from lightning_compressm.nn._fused import fused_diagonal
 from lightning_compressm.nn._hippo import hippo_normal
 from lightning_compressm.nn._two_level import full_precision
-from lightning_compressm.model.loading import resize_on_load
 
 __all__ = ["S5"]
 

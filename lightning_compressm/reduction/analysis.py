@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from lightning_compressm.control import constrain_order, order_for_energy, order_for_fraction
-from lightning_compressm.model.layers import SSMLayer
 from lightning_compressm.errors import CompreSSMError
+from lightning_compressm.model.layers import SSMLayer
 from lightning_compressm.reduction.policy import ReductionPolicy
 from lightning_compressm.surgery.plan import SurgeryPlan
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lightning_compressm.reduction.analysis import Attempt, choose_order
-from lightning_compressm.model.layers import SSMLayer, refuse_irreplaceable, select_layers
 from lightning_compressm.errors import CompreSSMError
-from lightning_compressm.reduction.examination import Examination
 from lightning_compressm.families import model_attributes
+from lightning_compressm.model.layers import SSMLayer, refuse_irreplaceable, select_layers
+from lightning_compressm.reduction.analysis import Attempt, choose_order
+from lightning_compressm.reduction.events import LayerEvent
+from lightning_compressm.reduction.examination import Examination
 from lightning_compressm.reduction.policy import ReductionPolicy
 from lightning_compressm.reduction.recorder import Context
-from lightning_compressm.reduction.events import LayerEvent
 from lightning_compressm.surgery.plan import SurgeryPlan
 
 __all__ = ["Proposal", "measure_spectra", "propose"]

@@ -11,8 +11,6 @@ from typing import Any, NoReturn, TypeVar
 
 from torch import Tensor, nn
 
-from lightning_compressm.reduction.analysis import Attempt, LayerAnalysis
-from lightning_compressm.model.layers import SSMLayer
 from lightning_compressm.errors import (
     CompreSSMError,
     IllConditionedError,
@@ -20,11 +18,19 @@ from lightning_compressm.errors import (
     UnstableSystemError,
 )
 from lightning_compressm.families import Family, SelectiveFamily
+from lightning_compressm.model.layers import SSMLayer
+from lightning_compressm.reduction.analysis import Attempt, LayerAnalysis
+from lightning_compressm.reduction.failures import (
+    LinAlgError,
+    Reach,
+    TroubleError,
+    describe,
+    reach_of,
+)
 from lightning_compressm.reduction.linear import analyse_linear
 from lightning_compressm.reduction.policy import ReductionPolicy
 from lightning_compressm.reduction.recorder import Context
 from lightning_compressm.reduction.selective import analyse_selective
-from lightning_compressm.reduction.failures import LinAlgError, Reach, TroubleError, describe, reach_of
 
 __all__ = ["Examination", "RemoteAnalysis", "analyse_layer"]
 

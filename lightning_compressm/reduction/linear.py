@@ -8,14 +8,19 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lightning_compressm.reduction.analysis import Attempt, LayerAnalysis, naming
 from lightning_compressm.control import DiagonalLTI, Reduction, per_state_energy
 from lightning_compressm.control.hankel import Factors, factorise, to_device
 from lightning_compressm.control.truncation import truncate
-from lightning_compressm.model.layers import SSMLayer
 from lightning_compressm.families import Family
-from lightning_compressm.reduction.policy import Balance, BalanceChoice, HorizonChoice, ReductionPolicy
+from lightning_compressm.model.layers import SSMLayer
+from lightning_compressm.reduction.analysis import Attempt, LayerAnalysis, naming
 from lightning_compressm.reduction.failures import numerics
+from lightning_compressm.reduction.policy import (
+    Balance,
+    BalanceChoice,
+    HorizonChoice,
+    ReductionPolicy,
+)
 
 __all__ = ["LinearAnalysis", "analyse_linear", "resolve_balance"]
 

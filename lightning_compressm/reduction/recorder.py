@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_compressm.model.layers import SSMLayer
 from lightning_compressm.families import SelectiveFamily
+from lightning_compressm.model.layers import SSMLayer
 from lightning_compressm.reduction.failures import Reach, TroubleError, describe, reach_of
 
 __all__ = ["CallRecorder", "Context", "Processes"]

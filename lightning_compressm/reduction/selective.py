@@ -11,7 +11,6 @@ from functools import cached_property, reduce
 import torch
 from torch import Tensor, nn
 
-from lightning_compressm.reduction.analysis import Attempt, LayerAnalysis, naming
 from lightning_compressm.control.calibration import (
     SelectiveSignals,
     SelectiveStatistics,
@@ -19,17 +18,18 @@ from lightning_compressm.control.calibration import (
 )
 from lightning_compressm.control.criteria import rank_states
 from lightning_compressm.control.readout import refit_readout
-from lightning_compressm.model.layers import SSMLayer
 from lightning_compressm.errors import CalibrationError
 from lightning_compressm.families import SelectiveFamily
 from lightning_compressm.families._base import tensor_of
 from lightning_compressm.families._selective import READOUT, SHIFT
+from lightning_compressm.model.layers import SSMLayer
+from lightning_compressm.reduction.analysis import Attempt, LayerAnalysis, naming
+from lightning_compressm.reduction.failures import numerics
 from lightning_compressm.reduction.output_fit import fit_output, output_error
 from lightning_compressm.reduction.policy import ReductionPolicy
 from lightning_compressm.reduction.recorder import Context, Processes
 from lightning_compressm.surgery.apply import apply_plan
 from lightning_compressm.surgery.plan import SurgeryPlan, TensorEdit
-from lightning_compressm.reduction.failures import numerics
 
 __all__ = ["SelectiveAnalysis", "analyse_selective"]
 

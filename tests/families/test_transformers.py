@@ -14,11 +14,11 @@ from torch import nn
 
 from lightning_compressm import compress, find_ssm_layers, load_compressed
 from lightning_compressm.compressor import apply_proposal
-from lightning_compressm.reduction.policy import ReductionPolicy
-from lightning_compressm.reduction.decision import propose
-from lightning_compressm.reduction.recorder import CallRecorder, Context
-from lightning_compressm.reduction.events import CompressionReport
 from lightning_compressm.model.loading import install_resize_hooks
+from lightning_compressm.reduction.decision import propose
+from lightning_compressm.reduction.events import CompressionReport
+from lightning_compressm.reduction.policy import ReductionPolicy
+from lightning_compressm.reduction.recorder import CallRecorder, Context
 from tests.families.hf_models import KINDS, STATES, build, generated, logits, model_like, tokens
 from tests.families.selective import drop_others, relative, scanned, seen, stop_reading
 

@@ -14,10 +14,10 @@ from lightning_compressm import compress, find_ssm_layers
 from lightning_compressm.compressor import apply_proposal
 from lightning_compressm.errors import UnsupportedLayerError
 from lightning_compressm.families import registered_families
-from lightning_compressm.nn import LRU, S4D
-from lightning_compressm.reduction.policy import ReductionPolicy
-from lightning_compressm.reduction.decision import propose
 from lightning_compressm.model.copies import find_copies
+from lightning_compressm.nn import LRU, S4D
+from lightning_compressm.reduction.decision import propose
+from lightning_compressm.reduction.policy import ReductionPolicy
 from lightning_compressm.surgery.plan import SurgeryPlan
 
 FAMILIES = sorted(registered_families())

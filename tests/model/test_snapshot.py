@@ -14,10 +14,10 @@ from lightning_compressm import compress
 from lightning_compressm.compressor import apply_proposal
 from lightning_compressm.errors import SurgeryError
 from lightning_compressm.families import registered_families
-from lightning_compressm.nn import LRU
-from lightning_compressm.reduction.policy import ReductionPolicy
-from lightning_compressm.reduction.decision import propose
 from lightning_compressm.model.snapshot import Snapshot
+from lightning_compressm.nn import LRU
+from lightning_compressm.reduction.decision import propose
+from lightning_compressm.reduction.policy import ReductionPolicy
 
 OPTIMIZERS: dict[str, Any] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),

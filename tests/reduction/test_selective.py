@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compressm import compress, hankel_spectra
-from lightning_compressm.model.layers import find_ssm_layers
 from lightning_compressm.errors import CalibrationError, NonFiniteError
 from lightning_compressm.families import SelectiveFamily, registered_families
-from lightning_compressm.reduction.policy import ReductionPolicy
+from lightning_compressm.model.layers import find_ssm_layers
 from lightning_compressm.reduction.decision import Proposal, propose
+from lightning_compressm.reduction.policy import ReductionPolicy
 from lightning_compressm.reduction.recorder import CallRecorder, Context, Processes
 from lightning_compressm.reduction.selective import _orders
 

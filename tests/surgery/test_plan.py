@@ -12,8 +12,8 @@ from torch import nn
 
 from lightning_compressm.errors import SurgeryError
 from lightning_compressm.nn import LRU
-from lightning_compressm.reduction.policy import ReductionPolicy
 from lightning_compressm.reduction.decision import propose
+from lightning_compressm.reduction.policy import ReductionPolicy
 from lightning_compressm.surgery.apply import apply_plan
 from lightning_compressm.surgery.plan import (
     Combine,
