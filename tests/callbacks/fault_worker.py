@@ -22,8 +22,9 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
-from lightning_compressm import CompreSSMCallback, proposal
+from lightning_compressm import CompreSSMCallback
 from lightning_compressm.nn._mamba import MambaBlock
+from lightning_compressm.reduction import decision as proposal
 
 from .faults import EXCHANGE, FAULTS, REWRAP, Injection, armed
 from .helpers import BATCHES, Classifier, loader, same, trainer
