@@ -24,6 +24,7 @@ from lightning_compressm.errors import (
 from lightning_compressm.families import _registry, registered_families
 from lightning_compressm.families.lru import LRUFamily
 from lightning_compressm.nn import LRU
+from lightning_compressm.reduction import linear
 from tests.families.layers import Decay, DecayFamily, PortedLRU
 
 

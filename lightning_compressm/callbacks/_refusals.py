@@ -11,7 +11,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from lightning_compressm.callbacks._limits import accumulation_changes
 from lightning_compressm.errors import UnsupportedStrategyError
-from lightning_compressm.model.layers import SSMLayer, find_ssm_layers, refuse_irreplaceable
+from lightning_compressm.model.layers import SSMLayer, find_ssm_layers
 from lightning_compressm.model.loading import lacks_resize_hooks
 from lightning_compressm.surgery.optimizer import check_optimizer
 
@@ -39,11 +39,8 @@ def check_fit(trainer: pl.Trainer, layers: Iterable[SSMLayer]) -> None:
     Raises:
         UnsupportedStrategyError: naming a callback.
         UnsupportedOptimizerError: naming an optimizer whose state can't follow.
-        UnsupportedLayerError: naming a layer whose tensors can't be replaced, and what is special.
     """
-    layers = list(layers)
     _check_pruning(trainer, layers)
-    refuse_irreplaceable(layers)
     for optimizer in trainer.optimizers:
         check_optimizer(optimizer)
 

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from os import PathLike
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +24,12 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_compressm.errors import CheckpointError
+from lightning_compressm.families import FamilyBase, find_family, model_attributes, named_layers
 from lightning_compressm.model.picture import ModelPicture
-from lightning_compressm.surgery.apply import AppliedSurgery, Replacement, apply_plan
+from lightning_compressm.surgery.apply import Replacement, apply_plan
 from lightning_compressm.surgery.optimizer import checked_optimizers, rebind_optimizers
 from lightning_compressm.surgery.plan import SurgeryPlan, TensorEdit
-
-if TYPE_CHECKING:
-    from lightning_compressm.families import FamilyBase
+from lightning_compressm.surgery.undo import all_or_nothing
 
 __all__ = [
     "install_resize_hooks",
@@ -64,8 +64,6 @@ def resize_on_load(
         >>> big.d_state
         3
     """
-    from lightning_compressm.families import find_family
-
     family = find_family(module)
     if family is None:
         return
@@ -96,8 +94,6 @@ def install_resize_hooks(model: nn.Module) -> None:
         hooks = _ModelHooks()
         model.register_load_state_dict_pre_hook(hooks)  # type: ignore[no-untyped-call]
         model.register_load_state_dict_post_hook(hooks.after)  # type: ignore[no-untyped-call]
-    from lightning_compressm.families import named_layers
-
     for _, module, _ in named_layers(model):
         if resize_on_load not in _hooks(module):
             module.register_load_state_dict_pre_hook(resize_on_load)  # type: ignore[no-untyped-call]
@@ -111,8 +107,6 @@ def lacks_resize_hooks(model: nn.Module) -> list[str]:
         >>> lacks_resize_hooks(LRU(4, 8))  # ours bring theirs along
         []
     """
-    from lightning_compressm.families import named_layers
-
     if any(isinstance(hook, _ModelHooks) for hook in _hooks(model)):
         return []
     layers = named_layers(model)
@@ -127,7 +121,7 @@ class _ModelHooks:
     """Resizes all layers of a model before it is loaded; takes it back if torch then complains."""
 
     def __init__(self) -> None:
-        self.picture: ModelPicture | None = None
+        self.undo: ExitStack | None = None
         self.errors: list[str] = []
         self.known = 0
 
@@ -135,18 +129,19 @@ class _ModelHooks:
         self, model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *others: Any
     ) -> None:
         """Before anything is copied."""
-        plan = resize_all_plan(model, state_dict, prefix)
-        applied = apply_plan(model, plan)
+        undo = ExitStack()
+        apply_plan(model, resize_all_plan(model, state_dict, prefix), undo)
         # Most loads succeed; only what is about to fail is worth a copy of all weights.
         if others and not _fits(model, state_dict, prefix):
             self.errors, self.known = others[-1], len(others[-1])
-            self.picture = ModelPicture(model, applied)
+            undo.callback(ModelPicture(model).restore)
+            self.undo = undo
 
     def after(self, model: nn.Module, incompatible: object) -> None:
         """After everything was copied."""
-        picture, self.picture = self.picture, None
-        if picture is not None and len(self.errors) > self.known:
-            picture.restore()
+        undo, self.undo = self.undo, None
+        if undo is not None and len(self.errors) > self.known:
+            undo.close()
         self.errors = []
 
 
@@ -182,32 +177,31 @@ def load_compressed(
     optimizers = checked_optimizers(optimizers)
     state_dict = _state_dict_of(checkpoint)
     install_resize_hooks(model)
-    picture, before = ModelPicture(model), dict(model.named_parameters())
+    before = dict(model.named_parameters())
     # Copying into tensors without storage would silently leave the model empty.
     assign = any(t.is_meta for t in (*model.parameters(), *model.buffers()))
     try:
-        picture.applied = apply_plan(model, resize_all_plan(model, state_dict, ""))
-        if lost := list(_lost_parts(model, state_dict, "")):
-            raise CheckpointError("; ".join(lost))
-        model.load_state_dict(state_dict, assign=assign)
-        rebind_optimizers(optimizers, _replaced(model, before), "reset")
+        with all_or_nothing() as steps:
+            steps.callback(ModelPicture(model).restore)
+            apply_plan(model, resize_all_plan(model, state_dict, ""), steps)
+            if lost := list(_lost_parts(model, state_dict, "")):
+                raise CheckpointError("; ".join(lost))
+            model.load_state_dict(state_dict, assign=assign)
+            rebind_optimizers(optimizers, _replaced(model, before), "reset")
     except Exception as error:
-        picture.restore()
         raise CheckpointError(
             f"the checkpoint does not fit the model, which is left as it was: {error}"
         ) from error
     return model
 
 
-def _replaced(model: nn.Module, before: Mapping[str, Tensor]) -> AppliedSurgery:
+def _replaced(model: nn.Module, before: Mapping[str, Tensor]) -> dict[str, Replacement]:
     """Which parameters are other objects than before, whether by a resize or by assignment."""
-    return AppliedSurgery(
-        {
-            name: Replacement(before[name], now, TensorEdit(now))
-            for name, now in model.named_parameters()
-            if now is not before[name]
-        }
-    )
+    return {
+        name: Replacement(before[name], now, TensorEdit(now))
+        for name, now in model.named_parameters()
+        if now is not before[name]
+    }
 
 
 def _state_dict_of(checkpoint: str | PathLike[str] | Mapping[str, Any]) -> Mapping[str, Any]:
@@ -269,8 +263,6 @@ def resize_all_plan(model: nn.Module, state_dict: Mapping[str, Any], prefix: str
         >>> resize_all_plan(LRU(4, 8), LRU(4, 3).state_dict(), "").attributes
         {'d_state': 3}
     """
-    from lightning_compressm.families import model_attributes, named_layers
-
     plans, state_dims = [], {}
     for name, module, family in named_layers(model):
         inner = f"{prefix}{name}." if name else prefix
