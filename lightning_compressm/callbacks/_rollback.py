@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_compressm._rules import AMOUNT, TEXT, one_of, optional
 from lightning_compressm.callbacks._averages import averages_of
 from lightning_compressm.callbacks._strategy import carry_out
 from lightning_compressm.errors import CheckpointError, SurgeryError
@@ -22,7 +23,6 @@ from lightning_compressm.model.snapshot import Snapshot
 from lightning_compressm.reduction.decision import Decision
 from lightning_compressm.reduction.events import LayerEvent
 from lightning_compressm.reduction.failures import TroubleError
-from lightning_compressm.reduction.policy import check_amount, check_choice, check_text
 
 __all__ = ["RollbackGuard"]
 
@@ -52,10 +52,10 @@ class RollbackGuard:
         max_degradation: float,
         directory: str | None,
     ) -> None:
-        check_text("monitor", monitor)
-        check_choice("mode", mode, ("min", "max"))
-        check_amount("max_degradation", max_degradation)
-        check_text("rollback_dir", directory)
+        optional(TEXT).check("monitor", monitor)
+        one_of("min", "max").check("mode", mode)
+        AMOUNT.check("max_degradation", max_degradation)
+        optional(TEXT).check("rollback_dir", directory)
         self.monitor, self.mode, self.max_degradation = monitor, mode, max_degradation
         self.directory = directory
         self.reference: float | None = None

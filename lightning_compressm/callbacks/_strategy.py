@@ -53,6 +53,10 @@ class Ranks(Processes):
         summed: Tensor = self._exchange(lambda: self.strategy.reduce(there, reduce_op="sum"))
         return summed.to(total.device)
 
+    def agree(self, value: T) -> T:
+        """What rank 0 has."""
+        return self.give(value, 0)
+
     def give(self, value: T, owner: int) -> T:
         """What the rank ``owner`` has."""
         if self.size > 1 and self.rank == owner:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
+from lightning_compressm._rules import COUNT, FLAG, one_of
 from lightning_compressm.callbacks._averages import (
     align_averages,
     average_to_current,
@@ -26,9 +27,6 @@ from lightning_compressm.reduction.policy import (
     BalanceChoice,
     ReductionPolicy,
     Selection,
-    check_choice,
-    check_count,
-    check_flag,
 )
 from lightning_compressm.surgery.optimizer import OptimizerStatePolicy
 
@@ -133,9 +131,9 @@ class CompreSSMCallback(Callback):
         optimizer_state: OptimizerStatePolicy = "transport",
         verbose: bool = True,
     ) -> None:
-        check_choice("optimizer_state", optimizer_state, ("transport", "truncate", "reset"))
-        check_count("calibration_batches", calibration_batches)
-        check_flag("verbose", verbose)
+        one_of(*get_args(OptimizerStatePolicy)).check("optimizer_state", optimizer_state)
+        COUNT.check("calibration_batches", calibration_batches)
+        FLAG.check("verbose", verbose)
         self.policy = ReductionPolicy(
             tolerance=tolerance,
             fraction=fraction,

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from lightning_compressm._rules import COUNT
 from lightning_compressm.callbacks._checkpoint import read_spectra
 from lightning_compressm.callbacks._strategy import decide_together
 from lightning_compressm.callbacks._watch import TrainingWatch
@@ -15,7 +16,7 @@ from lightning_compressm.control import order_for_energy
 from lightning_compressm.model.layers import select_layers
 from lightning_compressm.model.loading import install_resize_hooks
 from lightning_compressm.reduction.decision import measure_spectra
-from lightning_compressm.reduction.policy import BalanceChoice, ReductionPolicy, check_count
+from lightning_compressm.reduction.policy import BalanceChoice, ReductionPolicy
 from lightning_compressm.reduction.processes import Processes
 
 __all__ = ["HankelMonitor"]
@@ -57,7 +58,7 @@ class HankelMonitor(Callback):
         balance: BalanceChoice = "auto",
         horizon: int | Literal["auto"] | None = "auto",
     ) -> None:
-        check_count("every_n_epochs", every_n_epochs)
+        COUNT.check("every_n_epochs", every_n_epochs)
         self.policy = ReductionPolicy(
             tolerance=tolerance,
             layers=layers,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
-from lightning_compressm.reduction.policy import check_count
+from lightning_compressm._rules import COUNT, optional
 
 __all__ = ["Looks", "Schedule", "Window"]
 
@@ -58,8 +58,8 @@ class Schedule:
 
     def __post_init__(self) -> None:
         """Refuse windows that can't be meant."""
-        check_count("every_n_epochs", self.every_n_epochs)
-        check_count("every_n_steps", self.every_n_steps, optional=True)
+        COUNT.check("every_n_epochs", self.every_n_epochs)
+        optional(COUNT).check("every_n_steps", self.every_n_steps)
         window = self.window
         if not _is_pair_of_numbers(window) or not 0 <= window[0] < window[1]:
             raise ValueError(

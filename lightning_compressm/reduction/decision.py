@@ -144,8 +144,8 @@ def decide(
     twins = _twins(layers.values())
     own, processes = list(twins), processes or Processes()
     work = _Work(own, policy, seen or Seen(), seed)
-    owners = processes.owners([not layer.family.needs_data for layer in own])
-    looked = processes.map(work.look, owners, _told)
+    alike = {i: not layer.family.needs_data for i, layer in enumerate(own)}
+    looked = processes.map(work.look, alike, _told)
     spectra = [None if one.value is None else one.value.sigma for one in looked.values()]
     # Orders steer what is exchanged next, so rounding must not make them differ.
     orders = processes.agree(choose_orders(own, spectra, policy))
@@ -154,16 +154,16 @@ def decide(
         for i, layer in enumerate(own)
         if (why := looked[i].failure or orders[i].refused)
     }
-    again = {i: owner for i, owner in owners.items() if i not in cuts}
+    again = {i: alike[i] for i in alike if i not in cuts}
     while again:
         for i, outcome in processes.map(partial(work.cut, looked, orders), again).items():
             cuts[i] = _result(own[i], outcome, looked[i])
-        reached = [cuts[i].event.new_state_dim for i in owners]
+        reached = [cuts[i].event.new_state_dim for i in alike]
         if policy.share_state_dim:
             orders = level_orders(own, orders, reached)
-        again = {i: owners[i] for i in owners if orders[i].wanted > reached[i]}
+        again = {i: alike[i] for i in alike if orders[i].wanted > reached[i]}
     known = {x.name: s for x, s in zip(own, spectra, strict=True) if s is not None}
-    return Decision.of(model, twins, [cuts[i] for i in owners], known)
+    return Decision.of(model, twins, [cuts[i] for i in alike], known)
 
 
 def measure_spectra(
@@ -200,9 +200,9 @@ def measure_spectra(
     """
     own, processes = list(layers.values()), processes or Processes()
     work = _Work(own, policy, seen or Seen(), spectrum_only=True)
-    owners = processes.owners([not layer.family.needs_data for layer in own])
+    alike = {i: not layer.family.needs_data for i, layer in enumerate(own)}
     spectra: dict[str, Tensor] = {}
-    for i, outcome in processes.map(work.look, owners, _told).items():
+    for i, outcome in processes.map(work.look, alike, _told).items():
         if outcome.value is not None:
             spectra[own[i].name] = to_device(outcome.value.sigma, own[i].device)
         elif leave_out:

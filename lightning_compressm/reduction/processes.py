@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Generic, TypeVar
@@ -70,7 +70,7 @@ class Processes:
 
     def agree(self, value: T) -> T:
         """The value that the first process has."""
-        return self.give(value, 0)
+        return value
 
     def give(self, value: T, owner: int) -> T:
         """The value that the process number ``owner`` has."""
@@ -94,17 +94,8 @@ class Processes:
                 raise
             raise TroubleError(reach, describe(error)) from error
 
-    def owners(self, shared_out: Sequence[bool]) -> dict[int, int | None]:
-        """Who works on which layer, by number; ``None`` where all work together.
-
-        Args:
-            shared_out: for each layer whether all processes hold the same, so that one works for
-                all.
-        """
-        return {i: owner_of(i, self.size) if x else None for i, x in enumerate(shared_out)}
-
     def map(
-        self, work: Work[T], owners: Mapping[int, int | None], tell: Callable[[T], T] = _same
+        self, work: Work[T], alike: Mapping[int, bool], tell: Callable[[T], T] = _same
     ) -> dict[int, Outcome[T]]:
         """Do the work on every layer; all processes end with all outcomes.
 
@@ -113,34 +104,30 @@ class Processes:
 
         Args:
             work: on the layer of a number.
-            owners: from :meth:`owners`, or a part of it.
+            alike: number of each layer -> whether all processes hold the same of it, so that one
+                of them works for all; else all work together.
             tell: what the other processes get to know of a result.
 
         Raises:
             Exception: whatever stopped the work; other processes raise as well.
         """
-        outcomes: dict[int, Outcome[T]] = {}
-        if any(owner is not None for owner in owners.values()):
-            outcomes = self._shared_out(work, owners, tell)
-        for i, owner in owners.items():
-            if owner is None:
-                outcomes[i] = _outcome(partial(work, i), self)
-        return {i: outcomes[i] for i in owners}
+        owners = {i: owner_of(i, self.size) for i in alike if alike[i]} if self.size > 1 else {}
+        outcomes = self._share_out(work, owners, tell) if owners else {}
+        return {i: outcomes[i] if i in owners else _outcome(partial(work, i), self) for i in alike}
 
-    def _shared_out(
-        self, work: Work[T], owners: Mapping[int, int | None], tell: Callable[[T], T]
+    def _share_out(
+        self, work: Work[T], owners: Mapping[int, int], tell: Callable[[T], T]
     ) -> dict[int, Outcome[T]]:
         alone, told = Processes(), dict[int, Outcome[T]]()
 
-        def mine() -> dict[int, Outcome[T]]:
+        def own_part() -> dict[int, Outcome[T]]:
             done = {i: _outcome(partial(work, i), alone) for i in owners if owners[i] == self.rank}
-            told.update({i: outcome.told(tell) for i, outcome in done.items() if self.size > 1})
+            told.update({i: outcome.told(tell) for i, outcome in done.items()})
             return done
 
-        outcomes = self.together(mine)
-        for owner in range(self.size if self.size > 1 else 0):
-            if owner in owners.values():
-                outcomes = self.give(told, owner) | outcomes
+        outcomes = self.together(own_part)
+        for owner in sorted(set(owners.values())):
+            outcomes = self.give(told, owner) | outcomes
         return outcomes
 
 
