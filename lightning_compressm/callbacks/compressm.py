@@ -20,7 +20,7 @@ from lightning_compressm.callbacks._rollback import RollbackGuard
 from lightning_compressm.callbacks._run import ReductionRun
 from lightning_compressm.callbacks.schedule import Schedule
 from lightning_compressm.model.layers import select_layers
-from lightning_compressm.model.loading import install_resize_hooks
+from lightning_compressm.model.resizing import install_resize_hooks
 from lightning_compressm.reduction.events import dimension_metrics
 from lightning_compressm.reduction.policy import (
     DEFAULT_OUTPUT_ERROR,

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from lightning_compressm.control.calibration import SelectiveSignals
 from lightning_compressm.errors import UnsupportedLayerError
-from lightning_compressm.families._base import double, shape_source, tensor_of
+from lightning_compressm.families._base import shape_source, tensor_of
+from lightning_compressm.families._rates import RatesFamily, with_readout
 from lightning_compressm.families._registry import register_family
-from lightning_compressm.families._selective import SelectiveFamily, rows_of_blocks
+from lightning_compressm.families._selective import rows_of_blocks
 from lightning_compressm.families._transformers import config_attributes
 
 __all__ = ["MambaFamily", "NormalisedMambaFamily"]
@@ -100,7 +101,7 @@ class MambaFamily(RatesFamily):
         """New C rows of ``x_proj``: those of the kept states plus ``delta`` times all."""
         weight = tensor_of(module, "x_proj.weight").detach()
         n, rank = self.state_dim(module), _dt_rank(module)
-        return {"x_proj.weight": _with_readout(weight, rank, n, keep[0], delta[0])}
+        return {"x_proj.weight": with_readout(weight, rank, n, keep[0], delta[0])}
 
     def shared_attributes(self, model: nn.Module, state_dims: Mapping[str, int]) -> dict[str, Any]:
         """The config of transformers' models; mamba.py's has room for one state dimension."""
@@ -228,14 +229,3 @@ def _reads_config(module: nn.Module) -> bool:
     """mamba.py's blocks have no size of their own."""
     own = hasattr(module, "d_state") or hasattr(module, "ssm_state_size")
     return hasattr(getattr(module, "config", None), "d_state") and not own
-
-
-def _with_readout(weight: Tensor, rank: int, n: int, keep: Tensor, delta: Tensor) -> Tensor:
-    """Rows for dt, B of the kept states, and C of the kept states plus ``delta`` times all of C."""
-    keep = keep.to(weight.device)
-    read = double(weight[rank + n :])
-    change = delta.to(read.device) @ read
-    # Kept rows are copied, not computed, so that no change leaves them to the bit as they were.
-    rows = weight[rank + n :][keep]
-    new = torch.where(change == 0, rows, (double(rows) + change).to(weight.dtype).to(weight.device))
-    return torch.cat([weight[:rank], weight[rank : rank + n][keep], new])

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lightning_compressm.model.loading import resize_on_load
+from lightning_compressm.model.resizing import resize_on_load
 from lightning_compressm.nn._checks import check_dtype, check_inputs, check_size, check_state
 from lightning_compressm.nn._fused import fused_lru
 from lightning_compressm.nn._two_level import full_precision

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lightning_compressm.model.loading import resize_on_load
+from lightning_compressm.model.resizing import resize_on_load
 from lightning_compressm.nn._checks import (
     check_choice,
     check_dtype,

@@ -16,7 +16,8 @@ from lightning_compressm.compressor import compress
 from lightning_compressm.errors import CalibrationError, CompreSSMError
 from lightning_compressm.families import Family, FamilyBase, SelectiveFamily, find_family
 from lightning_compressm.families._base import tensor_of
-from lightning_compressm.model.loading import install_resize_hooks, load_compressed
+from lightning_compressm.model.loading import load_compressed
+from lightning_compressm.model.resizing import install_resize_hooks
 from lightning_compressm.surgery.plan import take
 from lightning_compressm.testing import helpers as common
 from lightning_compressm.testing.helpers import expect

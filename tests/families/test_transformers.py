@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_compressm import compress, find_ssm_layers, load_compressed
 from lightning_compressm.model.change import change
-from lightning_compressm.model.loading import install_resize_hooks
+from lightning_compressm.model.resizing import install_resize_hooks
 from lightning_compressm.reduction.events import CompressionReport
 from lightning_compressm.reduction.recorder import CallRecorder
 from tests.deciding import decided

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_compressm import compress, load_compressed
 from lightning_compressm.errors import CheckpointError, SurgeryError, UnsupportedOptimizerError
-from lightning_compressm.model.loading import install_resize_hooks
+from lightning_compressm.model.resizing import install_resize_hooks
 from lightning_compressm.nn import LRU
 from tests.families.layers import PortedLRU
 
