@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from lightning_compressm.errors import CheckpointError
 from lightning_compressm.model.picture import ModelPicture
+from lightning_compressm.nn._resize import resize_to_checkpoint
 from lightning_compressm.surgery.apply import AppliedSurgery, Replacement, apply_plan
 from lightning_compressm.surgery.optimizer import checked_optimizers, rebind_optimizers
 from lightning_compressm.surgery.plan import SurgeryPlan, TensorEdit
@@ -99,7 +100,7 @@ def install_resize_hooks(model: nn.Module) -> None:
     from lightning_compressm.families import named_layers
 
     for _, module, _ in named_layers(model):
-        if resize_on_load not in _hooks(module):
+        if not _resizes_itself(module):
             module.register_load_state_dict_pre_hook(resize_on_load)  # type: ignore[no-untyped-call]
 
 
@@ -116,7 +117,12 @@ def lacks_resize_hooks(model: nn.Module) -> list[str]:
     if any(isinstance(hook, _ModelHooks) for hook in _hooks(model)):
         return []
     layers = named_layers(model)
-    return [name for name, module, _ in layers if resize_on_load not in _hooks(module)]
+    return [name for name, module, _ in layers if not _resizes_itself(module)]
+
+
+def _resizes_itself(layer: nn.Module) -> bool:
+    """Whether it has a hook, from :func:`install_resize_hooks` or, as ours, its own."""
+    return any(hook in (resize_on_load, resize_to_checkpoint) for hook in _hooks(layer))
 
 
 def _hooks(module: nn.Module) -> list[Callable[..., None]]:

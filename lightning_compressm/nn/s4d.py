@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lightning_compressm.model.loading import resize_on_load
 from lightning_compressm.nn._bank import bank_chunk, chunked_bank, powers_by_doubling
 from lightning_compressm.nn._checks import (
     check_choice,
@@ -21,6 +21,7 @@ from lightning_compressm.nn._checks import (
 )
 from lightning_compressm.nn._discretize import DISCRETIZATIONS, Discretization, discretize
 from lightning_compressm.nn._hippo import hippo_normal
+from lightning_compressm.nn._resize import ResizableLayer
 from lightning_compressm.nn._two_level import full_precision
 
 __all__ = ["S4D"]
@@ -28,7 +29,7 @@ __all__ = ["S4D"]
 Init = Literal["lin", "inv", "quad", "legs"]
 
 
-class S4D(nn.Module):
+class S4D(ResizableLayer):
     r"""Diagonal S4: every channel has a diagonal complex system of its own.
 
     .. math::
@@ -78,6 +79,8 @@ class S4D(nn.Module):
         (torch.Size([2, 4]), torch.Size([2, 4, 16]))
     """
 
+    state_axes: ClassVar[Mapping[str, int]] = {"log_A_real": 1, "A_imag": 1, "C": 1}
+
     def __init__(
         self,
         d_model: int,
@@ -109,7 +112,6 @@ class S4D(nn.Module):
         self.C = parameter(d_model, d_state, 2)
         self.D = parameter(d_model)
         self.reset_parameters()
-        self.register_load_state_dict_pre_hook(resize_on_load)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
