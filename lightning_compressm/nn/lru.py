@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_compressm.nn._autocast import full_precision
 from lightning_compressm.nn._checks import check_dtype, check_inputs, check_size, check_state
 from lightning_compressm.nn._fused import fused_lru
 from lightning_compressm.nn._resize import ResizableLayer
-from lightning_compressm.nn._two_level import full_precision
 
 __all__ = ["LRU"]
 

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_compressm.nn._autocast import full_precision
 from lightning_compressm.nn._checks import (
     check_choice,
     check_dtype,
@@ -21,7 +22,6 @@ from lightning_compressm.nn._discretize import DISCRETIZATIONS, Discretization, 
 from lightning_compressm.nn._fused import fused_diagonal
 from lightning_compressm.nn._hippo import hippo_normal
 from lightning_compressm.nn._resize import ResizableLayer
-from lightning_compressm.nn._two_level import full_precision
 
 __all__ = ["S5"]
 
