@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 
 from lightning_compressm.errors import CheckpointError
 from lightning_compressm.model.picture import ModelPicture
-from lightning_compressm.model.resizing import install_resize_hooks, lost_parts, resize_all_plan
+from lightning_compressm.model.resizing import install_resize_hooks, resize_all_plan
+from lightning_compressm.nn._resize import lost_parts
 from lightning_compressm.surgery.apply import Replacement, apply_plan
 from lightning_compressm.surgery.optimizer import checked_optimizers, rebind_optimizers
 from lightning_compressm.surgery.plan import TensorEdit

@@ -12,23 +12,26 @@ unexpected keys are torch's business alone; :func:`load_compressed` is all or no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from lightning_compressm.errors import CheckpointError
 from lightning_compressm.families import FamilyBase, find_family, model_attributes, named_layers
 from lightning_compressm.model.picture import ModelPicture
+from lightning_compressm.nn._resize import (
+    lost_parts,
+    resize_to_checkpoint,
+    saved_tensors,
+    tensors_in,
+)
 from lightning_compressm.surgery.apply import apply_plan
 from lightning_compressm.surgery.plan import SurgeryPlan
 
 __all__ = [
     "install_resize_hooks",
     "lacks_resize_hooks",
-    "lost_parts",
     "resize_all_plan",
     "resize_on_load",
 ]
@@ -59,7 +62,7 @@ def resize_on_load(
     family = find_family(module)
     if family is None:
         return
-    saved = _saved(state_dict, prefix)
+    saved = saved_tensors(state_dict, prefix)
     plan = _resize_plan(module, family, saved)[0]
     if plan:
         apply_plan(module, plan)
@@ -87,7 +90,7 @@ def install_resize_hooks(model: nn.Module) -> None:
         model.register_load_state_dict_pre_hook(hooks)  # type: ignore[no-untyped-call]
         model.register_load_state_dict_post_hook(hooks.after)  # type: ignore[no-untyped-call]
     for _, module, _ in named_layers(model):
-        if resize_on_load not in _hooks(module):
+        if not _resizes_itself(module):
             module.register_load_state_dict_pre_hook(resize_on_load)  # type: ignore[no-untyped-call]
 
 
@@ -102,7 +105,12 @@ def lacks_resize_hooks(model: nn.Module) -> list[str]:
     if any(isinstance(hook, _ModelHooks) for hook in _hooks(model)):
         return []
     layers = named_layers(model)
-    return [name for name, module, _ in layers if resize_on_load not in _hooks(module)]
+    return [name for name, module, _ in layers if not _resizes_itself(module)]
+
+
+def _resizes_itself(layer: nn.Module) -> bool:
+    """Whether it has a hook, from :func:`install_resize_hooks` or, as ours, its own."""
+    return any(hook in (resize_on_load, resize_to_checkpoint) for hook in _hooks(layer))
 
 
 def _hooks(module: nn.Module) -> list[Callable[..., None]]:
@@ -155,7 +163,7 @@ def resize_all_plan(model: nn.Module, state_dict: Mapping[str, Any], prefix: str
     plans, state_dims = [], {}
     for name, module, family in named_layers(model):
         inner = f"{prefix}{name}." if name else prefix
-        plan, state_dim = _resize_plan(module, family, _saved(state_dict, inner))
+        plan, state_dim = _resize_plan(module, family, saved_tensors(state_dict, inner))
         if plan:
             plans.append(plan.prefixed(name))
             state_dims[name] = state_dim
@@ -176,7 +184,7 @@ def _resize_plan(
         return _NOTHING
     plan = family.resize_plan(module, state_dim)
     # Buffers that are not saved follow without being asked.
-    shapes = {name: tensor.shape for name, tensor in _tensors_in(module.state_dict())}
+    shapes = {name: tensor.shape for name, tensor in tensors_in(module.state_dict())}
     shapes |= {name: edit.value.shape for name, edit in plan.edits.items() if name in shapes}
     fits = all(
         saved[name].shape == shape if name in saved else name not in plan.edits
@@ -187,7 +195,7 @@ def _resize_plan(
 
 def _fits(model: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> bool:
     """Whether all that is there, of what the model has, can be copied or assigned to it."""
-    for name, tensor in _tensors_in(model.state_dict()):
+    for name, tensor in tensors_in(model.state_dict()):
         key = f"{prefix}{name}"
         if key not in state_dict:
             continue
@@ -197,42 +205,8 @@ def _fits(model: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> bool:
         # Whole numbers can be copied into a parameter, but not take its place (`assign=True`).
         if isinstance(value, Tensor) and _trainable(tensor) and not _trainable(value):
             return False
-    return not any(lost_parts(model, _saved(state_dict, prefix), prefix))
+    return not any(lost_parts(model, saved_tensors(state_dict, prefix), prefix))
 
 
 def _trainable(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
-
-
-def lost_parts(module: nn.Module, saved: Mapping[str, Any], prefix: str) -> Iterator[str]:
-    """Saved complex tensors that are real here; torch would drop imaginary parts, and only warn."""
-    for name, tensor in _tensors_in(module.state_dict()):
-        value = saved.get(name)
-        if not isinstance(value, Tensor) or tensor.is_complex() or not value.is_complex():
-            continue
-        if not value.is_meta and bool(value.imag.any()):
-            yield (
-                f"'{prefix}{name}': expected a real tensor, got {value.dtype}. The checkpoint is "
-                "of another kind of layer."
-            )
-
-
-def _tensors_in(state_dict: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors that have a shape: lazy ones take any."""
-    return (
-        (name, tensor)
-        for name, tensor in state_dict.items()
-        if isinstance(tensor, Tensor) and not is_lazy(tensor)
-    )
-
-
-def _saved(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
-    """The saved tensors of one module, by the module's own names."""
-    for key in state_dict:
-        if not isinstance(key, str):
-            raise CheckpointError(f"expected names of tensors as keys, got {key!r}.")
-    return {
-        key.removeprefix(prefix): value
-        for key, value in state_dict.items()
-        if key.startswith(prefix) and isinstance(value, Tensor)
-    }
