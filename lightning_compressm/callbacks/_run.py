@@ -10,8 +10,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_compressm.callbacks._checkpoint import CallbackState
 from lightning_compressm.callbacks._limits import fitting, is_last_step, total_steps
+from lightning_compressm.callbacks._ranks import decide_together
 from lightning_compressm.callbacks._rollback import RollbackGuard
-from lightning_compressm.callbacks._strategy import decide_together, swap
+from lightning_compressm.callbacks._strategy import swap
 from lightning_compressm.callbacks._watch import TrainingWatch
 from lightning_compressm.callbacks.schedule import Looks, Schedule
 from lightning_compressm.model.layers import SSMLayer, select_layers

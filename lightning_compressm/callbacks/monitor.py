@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_compressm._rules import COUNT
 from lightning_compressm.callbacks._checkpoint import read_spectra
-from lightning_compressm.callbacks._strategy import decide_together
+from lightning_compressm.callbacks._ranks import decide_together
 from lightning_compressm.callbacks._watch import TrainingWatch
 from lightning_compressm.control import order_for_energy
 from lightning_compressm.model.layers import select_layers
