@@ -13,7 +13,7 @@ from lightning_compressm.errors import CalibrationError
 from lightning_compressm.model.change import change
 from lightning_compressm.model.layers import SSMLayer, select_layers
 from lightning_compressm.model.resizing import install_resize_hooks
-from lightning_compressm.reduction.decision import decide, measure_spectra
+from lightning_compressm.reduction.decide import decide, measure_spectra
 from lightning_compressm.reduction.events import CompressionReport
 from lightning_compressm.reduction.policy import (
     DEFAULT_OUTPUT_ERROR,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,8 @@ from lightning_compressm.callbacks._strategy import swap
 from lightning_compressm.callbacks._watch import TrainingWatch
 from lightning_compressm.callbacks.schedule import Looks, Schedule
 from lightning_compressm.model.layers import SSMLayer, select_layers
-from lightning_compressm.reduction.decision import Decision, decide
+from lightning_compressm.reduction.decide import decide
+from lightning_compressm.reduction.decision import Decision
 from lightning_compressm.reduction.events import format_table
 from lightning_compressm.reduction.failures import TroubleError
 from lightning_compressm.reduction.policy import ReductionPolicy
@@ -125,10 +127,11 @@ class ReductionRun:
         """Carry out what was decided, if anything was."""
         if self.pending is None:
             return
-        decision = self.pending
+        decision, start = self.pending, time.perf_counter()
         try:
             if decision.plan:
                 swap(trainer, pl_module, decision.plan, self.optimizer_state, self.guard.keep)
+                decision = decision.took(time.perf_counter() - start)
         except TroubleError as trouble:
             rank_zero_warn(f"CompreSSMCallback: no reduction, the swap failed: {trouble.reason}")
             decision = decision.skipped(f"the swap failed: {trouble.reason}")

@@ -5,7 +5,6 @@ A strategy is supported if something is registered here by :func:`refreshes`.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, TypeVar
@@ -21,8 +20,9 @@ from lightning_compressm.surgery.plan import SurgeryPlan
 
 __all__ = ["carry_out", "is_supported", "refreshes", "swap"]
 
-Refresh = Callable[[Any, ExitStack], None]
-"""Lets a strategy take up new parameters; puts what takes that back on the stack first."""
+Refresh = Callable[[Any, ExitStack], Callable[[], None]]
+"""Lets a strategy take up new parameters, and puts what takes that back on the stack first; gives
+what lets go of the old ones, to be called when nothing can fail any more."""
 
 RefreshT = TypeVar("RefreshT", bound=Refresh)
 
@@ -94,25 +94,39 @@ def carry_out(strategy: Strategy, work: Callable[[ExitStack], None]) -> None:
         ranks.together(lambda: work(undo))
         # A rank that fails here tells nobody: the others may be in an exchange of the strategy's
         # own, which ends when this rank does, or with the strategy's timeout.
-        _REFRESH[type(strategy)](strategy, undo)
+        let_go = _REFRESH[type(strategy)](strategy, undo)
         ranks.together(lambda: None)
         undo.pop_all()  # from here on nothing is taken back
-    gc.collect()  # the old reducer's hooks on parameters that stayed must go now
+    let_go()
 
 
 @refreshes(SingleDeviceStrategy)
-def _nothing(strategy: SingleDeviceStrategy, undo: ExitStack) -> None:
+def _nothing(strategy: SingleDeviceStrategy, undo: ExitStack) -> Callable[[], None]:
     """The model itself is all that there is."""
+    return lambda: None
 
 
 @refreshes(DDPStrategy)
-def _rewrap(strategy: DDPStrategy, undo: ExitStack) -> None:
+def _rewrap(strategy: DDPStrategy, undo: ExitStack) -> Callable[[], None]:
     """DDP buckets the parameters it saw at construction; give it the new ones."""
+    old = strategy.model
     undo.callback(_wrapper_restorer(strategy))
     strategy.model = strategy.lightning_module
     strategy._pl_static_graph_delay_done = False
     _forget_compression(strategy._ddp_comm_state)
     strategy.configure_ddp()
+    return lambda: _drop_reducer(old)
+
+
+def _drop_reducer(wrapper: Any) -> None:
+    """Its hooks on parameters that stayed would fire in every backward pass.
+
+    The wrapper is part of a circle, so it lives on for a while; the reducer goes with the last of
+    the two attributes that hold it.
+    """
+    for name in ("logger", "reducer"):
+        if hasattr(wrapper, name):
+            delattr(wrapper, name)
 
 
 def _forget_compression(state: Any) -> None:

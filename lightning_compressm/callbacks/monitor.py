@@ -15,7 +15,7 @@ from lightning_compressm.callbacks._watch import TrainingWatch
 from lightning_compressm.control import order_for_energy
 from lightning_compressm.model.layers import select_layers
 from lightning_compressm.model.resizing import install_resize_hooks
-from lightning_compressm.reduction.decision import measure_spectra
+from lightning_compressm.reduction.decide import measure_spectra
 from lightning_compressm.reduction.policy import BalanceChoice, ReductionPolicy
 from lightning_compressm.reduction.processes import Processes
 
