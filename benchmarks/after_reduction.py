@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from benchmarks.cuts import (
+from benchmarks.common.cuts import (
     AS_TRAINED,
     Cut,
     kept_path,
@@ -31,10 +31,10 @@ from benchmarks.cuts import (
     print_table,
     write_files,
 )
+from benchmarks.common.tables import make_console
 from benchmarks.data.sequences import SequenceDataModule
-from benchmarks.models import ClassifierModule
-from benchmarks.tables import make_console
-from benchmarks.training import (
+from benchmarks.models.classifier import ClassifierModule
+from benchmarks.train.trainer import (
     TASKS,
     EpochProgress,
     Task,

@@ -25,9 +25,9 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.models import LayerFactory, SequenceClassifier
-from benchmarks.tables import make_console
-from benchmarks.training import make_trainer, quiet
+from benchmarks.common.tables import make_console
+from benchmarks.models.classifier import LayerFactory, SequenceClassifier
+from benchmarks.train.trainer import make_trainer, quiet
 from lightning_compressm import CompreSSMCallback
 from lightning_compressm.nn import LRU
 from lightning_compressm.nn._mamba import MambaBlock

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmarks import demo, demo_report
-from benchmarks.demo import ArmRun, Settings
+from benchmarks.demo import command as demo
+from benchmarks.demo import report as demo_report
+from benchmarks.demo.command import ArmRun, Settings
 
 LAYER = "model.blocks.0.layer"
 

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.data import DigitsDataModule
-from benchmarks.models import (
+from benchmarks.models.classifier import (
     ClassifierModule,
     ResidualBlock,
     SequenceClassifier,
     warmup_cosine,
 )
-from benchmarks.training import TASKS, build, make_trainer
+from benchmarks.train.trainer import TASKS, build, make_trainer
 from lightning_compressm import find_ssm_layers
 from lightning_compressm.nn import LRU
 

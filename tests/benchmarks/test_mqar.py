@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import mqar
-from benchmarks.cuts import AS_TRAINED, Cut
+from benchmarks.common.cuts import AS_TRAINED, Cut
 from benchmarks.data.mqar import BLANK, IGNORED, MQARDataModule, make_recall
+from benchmarks.mqar import command as mqar
 
 needs_mamba = pytest.mark.skipif(find_spec("mamba_ssm") is None, reason="mamba-ssm is missing")
 

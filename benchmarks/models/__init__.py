@@ -1,0 +1,12 @@
+"""Networks and how they are trained; these names stand in the YAML files."""
+
+from benchmarks.models.classifier import ClassifierModule, PairClassifier, SequenceClassifier
+from benchmarks.models.language import LanguageModel, RecallModule
+
+__all__ = [
+    "ClassifierModule",
+    "LanguageModel",
+    "PairClassifier",
+    "RecallModule",
+    "SequenceClassifier",
+]
