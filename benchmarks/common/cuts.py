@@ -6,16 +6,17 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
-from benchmarks.common.tables import markdown_table
+from benchmarks.common.command import write_numbers
+from benchmarks.common.tables import markdown_table, rich_table
 
 HEADER = ("recipe", "states", "accuracy", "each seed", "points lost", "loss")
 AS_TRAINED = ""
@@ -70,16 +71,11 @@ def points_lost(cuts: Sequence[Cut], recipe: str, state_dim: int) -> float:
     return 100 * (mean(c.accuracy for c in full) - mean(c.accuracy for c in cut))
 
 
-def print_table(rows: Iterable[tuple[str, ...]], title: str, console: Console) -> None:
-    table = Table(title=title)
-    for name in HEADER:
-        table.add_column(name)
-    last = None
-    for row in rows:
-        if last not in (None, row[1]):
-            table.add_section()
-        table.add_row(*row)
-        last = row[1]
+def print_table(rows: Sequence[tuple[str, ...]], title: str, console: Console) -> None:
+    """A section for each number of states."""
+    table = rich_table(HEADER, rows, words=len(HEADER), title=title)
+    for row, (this, following) in zip(table.rows, pairwise(rows), strict=False):
+        row.end_section = this[1] != following[1]
     console.print(table)
 
 
@@ -91,11 +87,10 @@ def write_files(
     note: str,
 ) -> list[Path]:
     """Write the table as Markdown and all numbers as JSON, named after `stem`."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    markdown, numbers = stem.with_suffix(".md"), stem.with_suffix(".json")
-    markdown.write_text(markdown_table(HEADER, rows) + f"\n{note}\n", encoding="utf-8")
     content = {"settings": settings, "cuts": [asdict(cut) for cut in cuts]}
-    numbers.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
+    numbers = write_numbers(stem.with_suffix(".json"), content)
+    markdown = stem.with_suffix(".md")
+    markdown.write_text(markdown_table(HEADER, rows) + f"\n{note}\n", encoding="utf-8")
     return [markdown, numbers]
 
 

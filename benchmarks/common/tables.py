@@ -1,11 +1,11 @@
-"""Tables that documentation can quote."""
+"""Tables for the terminal, and tables that documentation can quote."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
+from typing import Any
 
-from rich.console import Console
+from rich.table import Table
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -22,6 +22,20 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
-def make_console() -> Console:
-    """A console as wide as the terminal; wide enough for the tables where there is none."""
-    return Console(width=None if sys.stdout.isatty() else 100)
+def rich_table(
+    header: Sequence[str], rows: Iterable[Sequence[str]], *, words: int, **style: Any
+) -> Table:
+    """A table for the terminal.
+
+    Args:
+        header: Names of the columns.
+        rows: Their cells.
+        words: So many columns, the first ones, hold words; the others are aligned as numbers.
+        style: Further arguments of `rich.table.Table`.
+    """
+    table = Table(**style)
+    for place, name in enumerate(header):
+        table.add_column(name, justify="left" if place < words else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.compare.tasks import CompareTask, calibration, evaluate
 from benchmarks.train.interleave import TimedTurns, Turns
-from benchmarks.train.trainer import make_trainer
+from benchmarks.train.trainer import AfterEveryStep, make_trainer
 from lightning_compressm import CompreSSMCallback, find_ssm_layers
 
 Report = Callable[[int], None]
@@ -108,23 +108,22 @@ class Bench:
         """Training batches to calibrate on."""
         return calibration(self._data)
 
-    @contextlib.contextmanager
-    def timed(self) -> Iterator[None]:
+    def timed(self) -> contextlib.AbstractContextManager[None]:
         """What happens inside counts as training time."""
-        self._watcher.watch.start()
-        try:
-            yield
-        finally:
-            self._watcher.watch.stop()
+        return _between(self._watcher.watch.start, self._watcher.watch.stop)
 
-    @contextlib.contextmanager
-    def untimed(self) -> Iterator[None]:
+    def untimed(self) -> contextlib.AbstractContextManager[None]:
         """What happens inside, in the middle of a training, does not."""
-        self._watcher.watch.stop()
-        try:
-            yield
-        finally:
-            self._watcher.watch.start()
+        return _between(self._watcher.watch.stop, self._watcher.watch.start)
+
+
+@contextlib.contextmanager
+def _between(before: Callable[[], None], after: Callable[[], None]) -> Iterator[None]:
+    before()
+    try:
+        yield
+    finally:
+        after()
 
 
 def state_dims(module: L.LightningModule) -> list[int]:
@@ -152,21 +151,14 @@ class TimedCompreSSM(CompreSSMCallback):
         self.seconds += time.process_time() - start
 
 
-class _Watcher(TimedTurns):
+class _Watcher(AfterEveryStep, TimedTurns):
     """Hand the processor on after so many steps, however long an epoch is."""
 
     def __init__(self, turns: Turns, name: str, report: Report) -> None:
         super().__init__(turns, name)
         self.report = report
 
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def after_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.global_step % _TURN == 0:
             self.watch.stop()
             self.report(trainer.global_step)
@@ -177,7 +169,7 @@ class _Watcher(TimedTurns):
         """The turns go by steps."""
 
 
-class _AfterCut(L.Callback):
+class _AfterCut(AfterEveryStep):
     """Test right after every reduction, before anything is trained further."""
 
     def __init__(self, bench: Bench, callback: CompreSSMCallback) -> None:
@@ -191,15 +183,8 @@ class _AfterCut(L.Callback):
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._test(pl_module)
 
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        self._test(pl_module)
+    def after_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._test(module)
 
     def _test(self, module: L.LightningModule) -> None:
         dims = self.callback.state_dims

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 
+from benchmarks.compare.bench import Bench
+from benchmarks.train.trainer import AfterEveryStep
 from lightning_compressm import find_ssm_layers
 from lightning_compressm.control import (
     DiagonalLTI,
@@ -17,15 +19,12 @@ from lightning_compressm.control import (
 )
 from lightning_compressm.families import Family
 
-if TYPE_CHECKING:
-    from benchmarks.compare.bench import Bench
-
 # Shares of the training; dense where it is decided.
 _SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _NEGLIGIBLE = 1e-10  # of the largest singular value
 
 
-class SubspaceWatch(L.Callback):
+class SubspaceWatch(AfterEveryStep):
     """Keep the first linear layer's system at some steps of a training without reductions."""
 
     def __init__(self, bench: Bench) -> None:
@@ -37,15 +36,8 @@ class SubspaceWatch(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._look(0, pl_module)
 
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        self._look(trainer.global_step, pl_module)
+    def after_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._look(trainer.global_step, module)
 
     def _look(self, step: int, module: L.LightningModule) -> None:
         share = self.due.get(step)

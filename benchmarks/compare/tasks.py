@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.data import (
@@ -19,7 +18,8 @@ from benchmarks.data import (
     MQARDataModule,
 )
 from benchmarks.data.sequences import InMemoryDataModule
-from benchmarks.models.classifier import ClassifierModule, Pool, SequenceClassifier
+from benchmarks.models.classification import ClassifierModule, evaluate_classes
+from benchmarks.models.classifier import Pool, SequenceClassifier
 from benchmarks.models.language import Kind, LanguageModel, RecallModule, evaluate_recall
 
 LayerKind = Literal["linear", "selective"]
@@ -84,18 +84,14 @@ def calibration(data: InMemoryDataModule) -> list[Tensor]:
     return list(tokens[: _CALIBRATION_BATCHES * data.batch_size].split(data.batch_size))
 
 
-@torch.no_grad()
 def evaluate(module: L.LightningModule, data: InMemoryDataModule) -> tuple[float, float]:
     """Accuracy and cross-entropy on the test set; the network's mode stays what it was."""
     sequences, targets = data.tensors("test")
     modes = {part: part.training for part in module.modules()}
     try:
-        module.eval()
         if isinstance(module, RecallModule):
             return evaluate_recall(module.model, sequences, targets)
-        logits = torch.cat([module(batch) for batch in sequences.split(250)])
-        accuracy = (logits.argmax(1) == targets).double().mean().item()
-        return accuracy, F.cross_entropy(logits, targets).item()
+        return evaluate_classes(module, sequences, targets)
     finally:
         for part, training in modes.items():
             part.training = training

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -13,8 +14,7 @@ import lightning as L
 from benchmarks.arms import Arm, all_arms
 from benchmarks.compare.bench import Bench, FullModel, state_dims
 from benchmarks.compare.tasks import CompareTask, evaluate
-from benchmarks.train.interleave import Turns
-from benchmarks.train.trainer import make_trainer
+from benchmarks.train.interleave import Turns, run_together
 
 FULL, SMALL = "full", "small"
 Report = Callable[[str, int], None]
@@ -123,14 +123,8 @@ def run_unit(
         finally:
             turns.leave(job.name)
 
-    with ThreadPoolExecutor(len(jobs)) as pool:
-        running = [pool.submit(work, job) for job in jobs]
-        try:
-            results = [result for done in as_completed(running) for result in done.result()]
-        except BaseException:
-            turns.close()
-            raise
-    return with_references(results)
+    found = run_together(turns, [partial(work, job) for job in jobs])
+    return with_references([result for results in found for result in results])
 
 
 def with_references(results: Sequence[Result]) -> list[Result]:
@@ -183,9 +177,3 @@ def measure(
         measured.analysis,
         curves=measured.curves,
     )
-
-
-def warm_up(task: CompareTask) -> None:
-    """Let a throw-away training pay for what happens only once in a process."""
-    module, data = task.build(seed=0)
-    make_trainer(3).fit(module, data)

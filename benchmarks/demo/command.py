@@ -5,192 +5,17 @@ Run it from the checkout: `python -m benchmarks.demo`. It takes a few minutes on
 
 from __future__ import annotations
 
-import argparse
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable
 
-import lightning as L
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.common.tables import make_console
+from benchmarks.common.command import make_console, parse, prepare
 from benchmarks.demo.report import write_report
-from benchmarks.models.classifier import ClassifierModule
-from benchmarks.train.interleave import TimedTurns, Turns
-from benchmarks.train.trainer import TASKS, build, make_trainer, quiet, use_one_thread
-from lightning_compressm import CompreSSMCallback, find_ssm_layers, hankel_spectra
-
-STATE_DIM = 128
-# The callback's default, but the small arm must know when the dimension is final.
-WINDOW_END = 0.1
-ARMS = ("full", "compressed", "small")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the command line decides.
-
-    Attributes:
-        seeds: Each fixes initialisation, order of the batches and dropout.
-        steps: Optimizer steps of every training.
-        tolerance: Share of the Hankel energy that each look of the callback may discard; None for
-            the callback's own default.
-        output: Where the results go.
-    """
-
-    seeds: tuple[int, ...] = (0, 1, 2)
-    steps: int = 2000
-    tolerance: float | None = None
-    output: Path = Path("results")
-
-
-@dataclass
-class ArmRun:
-    """One training of one arm.
-
-    Attributes:
-        arm: One of `ARMS`.
-        seed: As in `Settings`.
-        before: State dimension by layer at the start.
-        after: The same at the end.
-        accuracy: On the test set, in [0, 1].
-        wall: Seconds of training by the clock.
-        cpu: Seconds of training by the processor.
-        dims: (step, total state dimension) before each epoch and at the end.
-        spectra: (step, spectrum of the first layer) at the same steps; compressed only.
-        looks: The callback's history; compressed only.
-    """
-
-    arm: str
-    seed: int
-    before: dict[str, int] = field(default_factory=dict)
-    after: dict[str, int] = field(default_factory=dict)
-    accuracy: float = float("nan")
-    wall: float = 0.0
-    cpu: float = 0.0
-    dims: list[tuple[int, int]] = field(default_factory=list)
-    spectra: list[tuple[int, list[float]]] = field(default_factory=list)
-    looks: list[dict[str, Any]] = field(default_factory=list)
-
-
-class Watcher(TimedTurns):
-    """Time an arm, follow its state dimension and spectra, and move the progress bar."""
-
-    def __init__(
-        self, turns: Turns, run: ArmRun, report: Callable[[int, int], None], length: int
-    ) -> None:
-        super().__init__(turns, run.arm)
-        self.run = run
-        self.report = report
-        self.length = length
-        self.settled: Future[int] = Future()
-
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # The callback before this one has just carried out what it decided at the epoch's end.
-        self.watch.stop()
-        self._look(trainer, pl_module)
-        if trainer.global_step >= WINDOW_END * trainer.max_steps and not self.settled.done():
-            self.settled.set_result(self.run.dims[-1][1])
-        self.watch.start()
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_train_end(trainer, pl_module)
-        self._look(trainer, pl_module)
-        self.run.after = state_dims(pl_module)
-        self.run.wall, self.run.cpu = self.watch.wall, self.watch.cpu
-
-    def _look(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        dims = state_dims(pl_module)
-        self.run.before = self.run.before or dims
-        step, total = trainer.global_step, sum(dims.values())
-        self.run.dims.append((step, total))
-        if self.run.arm == "compressed":
-            # Time-limited, as the callback sees the layer.
-            spectrum = next(iter(hankel_spectra(pl_module, horizon=self.length).values()))
-            self.run.spectra.append((step, spectrum.tolist()))
-        self.report(step, total)
-
-
-def state_dims(module: L.LightningModule) -> dict[str, int]:
-    return {name: layer.state_dim for name, layer in find_ssm_layers(module).items()}
-
-
-def run_seed(
-    seed: int, settings: Settings, report: Callable[[str, int, int], None] = lambda *_: None
-) -> list[ArmRun]:
-    """Train the three arms of one seed in turns.
-
-    Args:
-        seed: Fixes initialisation, order of the batches and dropout.
-        settings: Steps and tolerance.
-        report: Called with arm, step and state dimension after every epoch.
-    """
-    turns = Turns()
-    runs = {arm: ArmRun(arm, seed) for arm in ARMS}
-    length = TASKS["digits"].data.length
-    watchers = {
-        arm: Watcher(turns, runs[arm], lambda *a, arm=arm: report(arm, *a), length) for arm in ARMS
-    }
-    settled = watchers["compressed"].settled
-    # Who goes first changes from seed to seed.
-    starters = ["full", "compressed"][:: 1 if seed % 2 else -1]
-
-    def train(arm: str) -> None:
-        if arm == "small":
-            d_state = settled.result()
-            turns.join(arm)
-        else:
-            d_state = STATE_DIM
-        try:
-            turns.wait(arm)
-            train_arm(watchers[arm], d_state, settings)
-        except BaseException as error:
-            # The small arm must not wait for a size that will never be known.
-            if arm == "compressed" and not settled.done():
-                settled.set_exception(error)
-            raise
-        finally:
-            turns.leave(arm)
-
-    for arm in starters:
-        turns.join(arm)
-    with ThreadPoolExecutor(len(ARMS)) as pool:
-        jobs = [pool.submit(train, arm) for arm in (*starters, "small")]
-        try:
-            for job in as_completed(jobs):
-                job.result()
-        except BaseException:
-            turns.close()
-            raise
-    return list(runs.values())
-
-
-def train_arm(watcher: Watcher, d_state: int, settings: Settings) -> None:
-    """Train and test one arm; the results are left in `watcher.run`."""
-    run = watcher.run
-    module, data = build(TASKS["digits"], run.seed, d_state)
-    callbacks: list[L.Callback] = [watcher]
-    if run.arm == "compressed":
-        window = (0.0, WINDOW_END)
-        compressm = CompreSSMCallback(settings.tolerance, window=window, verbose=False)
-        callbacks.insert(0, compressm)
-    trainer = make_trainer(settings.steps, callbacks)
-    trainer.fit(module, data)
-    run.accuracy = test_accuracy(trainer, module, data)
-    if run.arm == "compressed":
-        run.looks = compressm.history
-
-
-def test_accuracy(
-    trainer: L.Trainer, module: ClassifierModule, data: L.LightningDataModule
-) -> float:
-    (scalars,) = trainer.test(module, data, verbose=False)
-    return float(scalars["test_acc"])
+from benchmarks.demo.runs import ARMS, ArmRun, Settings, run_seed
+from benchmarks.train.trainer import TASKS, build, warm_up
 
 
 def run_all(settings: Settings, console: Console) -> list[ArmRun]:
@@ -213,7 +38,7 @@ def run_all(settings: Settings, console: Console) -> list[ArmRun]:
             done = sum(progress.tasks[bar].completed for bar in bars.values())
             progress.update(everything, completed=len(runs) * settings.steps + done)
 
-        warm_up()
+        warm_up(*build(TASKS["digits"], seed=0))
         for seed in settings.seeds:
             progress.update(everything, states=f"seed {seed}")
             runs += run_seed(seed, settings, report)
@@ -225,49 +50,10 @@ def run_all(settings: Settings, console: Console) -> list[ArmRun]:
     return runs
 
 
-def warm_up() -> None:
-    """Let a throw-away training pay for what happens only once in a process."""
-    module, data = build(TASKS["digits"], seed=0)
-    make_trainer(3).fit(module, data)
-
-
-def parse(arguments: Iterable[str] | None = None) -> Settings:
-    default = Settings()
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.demo",
-        description=(__doc__ or "").split("\n", 1)[0],
-    )
-    seeds = list(default.seeds)
-    parser.add_argument("--seeds", type=int, nargs="+", default=seeds, help="default: 0 1 2")
-    parser.add_argument(
-        "--steps",
-        type=int,
-        default=default.steps,
-        help="optimizer steps of every training (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--tolerance",
-        type=float,
-        help="share of the Hankel energy that each look may discard (default: the callback's)",
-    )
-    parser.add_argument(
-        "--output", type=Path, default=default.output, help="folder (default: %(default)s)"
-    )
-    options = parser.parse_args(None if arguments is None else list(arguments))
-    if options.steps < MIN_STEPS:
-        parser.error(f"--steps must be at least {MIN_STEPS}, got {options.steps}")
-    return Settings(tuple(options.seeds), options.steps, options.tolerance, options.output)
-
-
-# Two epochs: one look of the callback, and one epoch at the new size.
-MIN_STEPS = 50
-
-
 def main(arguments: Iterable[str] | None = None) -> int:
-    settings = parse(arguments)
+    settings = parse(Settings, "demo", __doc__, arguments)
     console = make_console()
-    quiet()
-    use_one_thread()
+    prepare()
     start = time.perf_counter()
     console.print(
         f"Digits as 64-step sequences on the CPU (torch {torch.__version__}, one thread): "

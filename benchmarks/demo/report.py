@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from itertools import groupby
@@ -13,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 import lightning
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks.common.tables import markdown_table
+from benchmarks.common.command import write_numbers
+from benchmarks.common.tables import markdown_table, rich_table
+from benchmarks.demo.runs import ArmRun, Settings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from benchmarks.demo.command import ArmRun, Settings
 
 HEADER = ("arm", "test accuracy", "states", "training time / full")
 COLORS = {"full": "tab:blue", "compressed": "tab:orange", "small": "tab:green"}
@@ -33,11 +31,12 @@ def write_report(
 ) -> list[Path]:
     """Print the table, write `demo.md`, `demo.json` and `demo.png`, and return their paths."""
     rows, note = make_rows(runs), make_note(runs, settings, seconds)
-    console.print(rich_table(rows, note))
-    settings.output.mkdir(parents=True, exist_ok=True)
+    title = "Digits as sequences, on the CPU"
+    style = {"title": title, "caption": note, "caption_justify": "left"}
+    console.print(rich_table(HEADER, rows, words=len(HEADER), **style))
     markdown, numbers, picture = (settings.output / f"demo.{x}" for x in ("md", "json", "png"))
+    write_numbers(numbers, all_numbers(runs, settings, seconds))
     markdown.write_text(f"{markdown_table(HEADER, rows)}\n{note}\n", encoding="utf-8")
-    numbers.write_text(json.dumps(all_numbers(runs, settings, seconds), indent=1), encoding="utf-8")
     draw(runs, picture)
     return [markdown, numbers, picture]
 
@@ -116,21 +115,12 @@ def make_note(runs: Sequence[ArmRun], settings: Settings, seconds: float) -> str
     )
 
 
-def rich_table(rows: Sequence[tuple[str, ...]], note: str) -> Table:
-    table = Table(title="Digits as sequences, on the CPU", caption=note, caption_justify="left")
-    for name in HEADER:
-        table.add_column(name)
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
 def all_numbers(runs: Sequence[ArmRun], settings: Settings, seconds: float) -> dict[str, Any]:
     """Everything that was measured, in plain types."""
     return {
         "device": "CPU, one thread",
         "versions": {"torch": torch.__version__, "lightning": lightning.__version__},
-        "settings": {**asdict(settings), "output": str(settings.output)},
+        "settings": asdict(settings),
         "seconds": seconds,
         "runs": [asdict(run) for run in runs],
     }

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from benchmarks.data.mqar import IGNORED
-from benchmarks.models.classifier import planned_steps, with_warmup_cosine
+from benchmarks.models.schedule import planned_steps, with_warmup_cosine
 from lightning_compressm.compat import enable_mamba_ssm_cpu
 
 Kind = Literal["mamba1", "mamba2"]

@@ -12,11 +12,8 @@ ratio is taken within a round, and shown as median with the smallest and largest
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -26,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks.common.command import check_least, make_console, one_of, parse, write_numbers
 from benchmarks.speed import analysis, layers, memory, penalty, selective, step
 from benchmarks.speed.picture import draw
 from benchmarks.speed.results import Section, missed
@@ -44,18 +42,27 @@ class Settings:
     Attributes:
         suite: Name of the sizes.
         threads: Everything is measured with each of these numbers of threads.
-        output: Results go to this path with .json and .png added.
-        jax_python: An interpreter that has JAX; None for this one.
+        parts: What to measure; all if not given.
+        out: Results go to this path with .json and .png added.
+        jax_python: A Python that can import jax; this one if not given.
         targets: Fail if a target is missed.
-        parts: What to measure.
     """
 
-    suite: str = "full"
+    suite: str = one_of("full", SUITES)
     threads: tuple[int, ...] = (1,)
-    output: Path = Path("results/speed")
+    parts: tuple[str, ...] = one_of(PARTS, PARTS)
+    out: Path = Path("results/speed")
     jax_python: Path | None = None
     targets: bool = False
-    parts: tuple[str, ...] = PARTS
+
+    def __post_init__(self) -> None:
+        check_least("--threads", 1, self.threads)
+        object.__setattr__(self, "parts", tuple(dict.fromkeys(self.parts)))  # each of them once
+        if self.targets and self.suite != "full":
+            raise ValueError("--targets belong to the sizes of --suite full; leave one out")
+        with_targets = ("step", "layer", "selective", "analysis")
+        if self.targets and set(with_targets) - set(self.parts):
+            raise ValueError(f"--targets are about --parts {' '.join(with_targets)}; measure all")
 
 
 def run(suite: Suite, settings: Settings, console: Console) -> list[Section]:
@@ -134,9 +141,7 @@ def save(sections: Sequence[Section], settings: Settings, start: dict[str, float
         "targets_missed": missed(sections),
         "sections": [section.to_dict() for section in sections],
     }
-    path = ending(settings.output, ".json")
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    return path
+    return write_numbers(ending(settings.out, ".json"), content)
 
 
 def ending(path: Path, suffix: str) -> Path:
@@ -144,44 +149,13 @@ def ending(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
-def parse(arguments: Iterable[str] | None = None) -> Settings:
-    default = Settings()
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.speed", description=(__doc__ or "").split("\n", 1)[0]
-    )
-    parser.add_argument("--suite", choices=list(SUITES), default=default.suite)
-    parser.add_argument("--threads", type=int, nargs="+", default=list(default.threads), help="(1)")
-    parser.add_argument(
-        "--parts", choices=PARTS, nargs="+", default=list(PARTS), help="what to measure (all)"
-    )
-    parser.add_argument("--out", type=Path, default=default.output, help="(%(default)s)")
-    parser.add_argument("--jax-python", type=Path, help="a Python that can import jax (this one)")
-    parser.add_argument("--targets", action="store_true", help="fail if a target is missed")
-    options = parser.parse_args(None if arguments is None else list(arguments))
-    if min(options.threads) < 1:
-        parser.error(f"--threads must be at least 1, got {min(options.threads)}")
-    if options.targets and options.suite != "full":
-        parser.error("--targets belong to the sizes of --suite full; leave one of the two out")
-    if options.targets and {"step", "layer", "selective", "analysis"} - set(options.parts):
-        parser.error("--targets are about --parts step, layer, selective and analysis; measure all")
-    return Settings(
-        options.suite,
-        tuple(options.threads),
-        options.out,
-        options.jax_python,
-        options.targets,
-        tuple(dict.fromkeys(options.parts)),
-    )
-
-
 def main(arguments: Iterable[str] | None = None) -> int:
-    settings = parse(arguments)
-    settings.output.parent.mkdir(parents=True, exist_ok=True)
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    settings = parse(Settings, "speed", __doc__, arguments)
+    console = make_console(WIDTH)
     start = elapsed()
     sections = run(SUITES[settings.suite], settings, console)
     seconds = {clock: end - start[clock] for clock, end in elapsed().items()}
-    numbers, picture = save(sections, settings, start), ending(settings.output, ".png")
+    numbers, picture = save(sections, settings, start), ending(settings.out, ".png")
     draw(sections, picture)
     console.print(f"Wrote {numbers} and {picture}; {minutes(seconds)}")
     short = missed(sections)

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from rich.table import Table
 
+from benchmarks.common.tables import rich_table
+
 Format = Literal["times", "percent"]
 
 
@@ -163,13 +165,10 @@ def missed(sections: Sequence[Section]) -> list[str]:
     ]
 
 
-def _table(title: str, rows: Sequence[Row]) -> Table:
-    result = Table(title=title, title_justify="left")
-    result.add_column("")
+def _table(group: str, rows: Sequence[Row]) -> Table:
     headings = list(dict.fromkeys(name for row in rows for name in row.cells))
-    for heading in headings:
-        result.add_column(heading, justify="right")
+    lines = []
     for row in rows:
         cells = (row.cells.get(heading, "") for heading in headings)
-        result.add_row(row.label, *(c.text if isinstance(c, Ratio) else c for c in cells))
-    return result
+        lines.append((row.label, *(c.text if isinstance(c, Ratio) else c for c in cells)))
+    return rich_table(("", *headings), lines, words=1, title=group, title_justify="left")

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.models.language import MixerBlock
 from benchmarks.speed.results import Ratio, Row, Section
-from benchmarks.speed.step import MixerBlock, training_step
+from benchmarks.speed.step import training_step
 from benchmarks.speed.suites import SelectiveCase, Suite
 from benchmarks.speed.timing import Measure, Report, interleave, local
 from lightning_compressm.compat import enable_mamba_ssm_cpu

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.models.classifier import ResidualBlock
+from benchmarks.models.language import MixerBlock
 from benchmarks.speed.results import Ratio, Row, Section
 from benchmarks.speed.suites import NEAR_FLOOR, StepCase, Suite
 from benchmarks.speed.timing import Measure, Report, interleave, local
@@ -62,19 +63,6 @@ class StatelessMamba2(Mamba2Block):
         x = F.silu(self.conv1d(xbc.mT)[..., : inputs.shape[1]].mT)[..., :channels]
         y = (x.unflatten(-1, (len(self.D), -1)) * self.D.unsqueeze(-1)).flatten(-2)
         outputs: Tensor = self.out_proj(self.norm(y * F.silu(z)))
-        return outputs
-
-
-class MixerBlock(nn.Module):
-    """x + mixer(norm(x)), as Mamba's blocks are stacked."""
-
-    def __init__(self, d_model: int, mixer: nn.Module) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(d_model)
-        self.mixer = mixer
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        outputs: Tensor = inputs + self.mixer(self.norm(inputs))
         return outputs
 
 

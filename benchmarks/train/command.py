@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None, *, run: bool = True) -> Lightni
         The command line interface, with `.trainer`, `.model` and `.datamodule`.
 
     Example:
-        >>> from benchmarks.train.recipes import FOLDER
+        >>> from benchmarks.train.configurations import FOLDER
         >>> cli = main(["--config", str(FOLDER / "cpu/smnist_tau0.02.yaml")], run=False)
         >>> type(cli.datamodule).__name__
         'DigitsDataModule'
@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None, *, run: bool = True) -> Lightni
         subclass_mode_data=True,
         # A second run may use the folder of the first.
         save_config_kwargs={"overwrite": True},
+        parser_kwargs={"prog": "python -m benchmarks.train"},
         args=None if arguments is None else list(arguments),
         run=run,
     )

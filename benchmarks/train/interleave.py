@@ -9,10 +9,14 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from concurrent.futures import CancelledError
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from typing import TypeVar
 
 import lightning as L
 import torch
+
+T = TypeVar("T")
 
 
 class Turns:
@@ -60,6 +64,17 @@ class Turns:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+
+def run_together(turns: Turns, works: Sequence[Callable[[], T]]) -> list[T]:
+    """Do each in a thread of its own; the first failure ends all. Results as they come."""
+    with ThreadPoolExecutor(len(works)) as pool:
+        running = [pool.submit(work) for work in works]
+        try:
+            return [done.result() for done in as_completed(running)]
+        except BaseException:
+            turns.close()
+            raise
 
 
 class Stopwatch:

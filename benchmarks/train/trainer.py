@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import lightning as L
 import torch
+from rich.console import Console
+from rich.progress import Progress
 
 from benchmarks.data import DelayDataModule, DigitsDataModule
 from benchmarks.data.sequences import SequenceDataModule
-from benchmarks.models.classifier import ClassifierModule, Pool, SequenceClassifier
+from benchmarks.models.classification import ClassifierModule
+from benchmarks.models.classifier import Pool, SequenceClassifier
 
 TaskName = Literal["digits", "delay"]
 
@@ -85,39 +86,31 @@ def make_trainer(
     )
 
 
-def quiet() -> None:
-    """Keep Lightning's remarks out of the tables; its warnings of substance still come through."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    remarks = (
-        ".*does not have many workers.*",
-        ".*isinstance.treespec, LeafSpec.*",
-        ".*no `validation_step`.*",
-    )
-    for remark in remarks:
-        warnings.filterwarnings("ignore", remark)
+def warm_up(module: L.LightningModule, data: L.LightningDataModule) -> None:
+    """Let a throw-away training pay for what happens only once in a process."""
+    make_trainer(3).fit(module, data)
 
 
-def use_one_thread() -> None:
-    """Models this small gain nothing from a second thread, and times become steadier."""
-    torch.set_num_threads(1)
+def fit_with_bar(
+    module: L.LightningModule,
+    data: L.LightningDataModule,
+    steps: int,
+    label: str,
+    console: Console,
+    clip: float | None = None,
+) -> None:
+    """Train with a bar that goes when it is done."""
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task(label, total=steps)
+        callback = StepProgress(lambda step: progress.update(bar, completed=step))
+        make_trainer(steps, [callback], clip=clip).fit(module, data)
 
 
-class EpochProgress(L.Callback):
-    """Call a function with the step after every epoch."""
+class AfterEveryStep(L.Callback):
+    """Calls `after_step` after every batch."""
 
-    def __init__(self, report: Callable[[int], None]) -> None:
-        self.report = report
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.report(trainer.global_step)
-
-
-class StepProgress(L.Callback):
-    """Call a function with the step after every `every` steps: for epochs that take minutes."""
-
-    def __init__(self, report: Callable[[int], None], every: int = 10) -> None:
-        self.report = report
-        self.every = every
+    def after_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """What a subclass does; `trainer.global_step` steps are done."""
 
     def on_train_batch_end(
         self,
@@ -127,5 +120,16 @@ class StepProgress(L.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
+        self.after_step(trainer, pl_module)
+
+
+class StepProgress(AfterEveryStep):
+    """Call a function with the step after every `every` steps: epochs can take minutes."""
+
+    def __init__(self, report: Callable[[int], None], every: int = 10) -> None:
+        self.report = report
+        self.every = every
+
+    def after_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.global_step % self.every == 0:
             self.report(trainer.global_step)

@@ -25,6 +25,7 @@ from benchmarks.arms import all_arms
 from benchmarks.arms._base import change_loss, keep_states
 from benchmarks.arms.distillation import divergence
 from benchmarks.arms.last import infinity_norms
+from benchmarks.common.command import quiet
 from benchmarks.compare import command as compare
 from benchmarks.compare.page import Report, make_page, states
 from benchmarks.compare.statistics import Difference, accuracy, difference, time_to_full
@@ -34,7 +35,6 @@ from benchmarks.compare.suites import SUITES
 from benchmarks.compare.tasks import TASKS, evaluate
 from benchmarks.compare.unit import Result, jobs_of, run_unit
 from benchmarks.data.mqar import IGNORED
-from benchmarks.train.trainer import quiet
 from lightning_compressm import HankelRegularizer
 from lightning_compressm.control import DiagonalLTI
 from lightning_compressm.nn import LRU
@@ -293,17 +293,17 @@ def test_variants_of_ours_are_compared_in_one_table() -> None:
 )
 def test_arguments_that_can_not_be_meant(arguments: list[str]) -> None:
     with pytest.raises(SystemExit):
-        compare.parse(arguments)
+        compare.main(arguments)
 
 
 PARENT = """
 import multiprocessing, os, time
 from concurrent.futures import ProcessPoolExecutor
-from benchmarks.compare import command as compare
+from benchmarks.compare.processes import start
 
 if __name__ == "__main__":
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(1, context, compare.start)
+    pool = ProcessPoolExecutor(1, context, start)
     print(pool.submit(os.getpid).result(), flush=True)
     pool.submit(time.sleep, 600)
     time.sleep(600)

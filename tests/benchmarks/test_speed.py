@@ -17,6 +17,7 @@ import torch
 pytest.importorskip("rich")
 pytest.importorskip("scipy")
 
+from benchmarks.common.command import parse
 from benchmarks.speed import analysis, layers, memory, peers, selective, step, textbook
 from benchmarks.speed import command as speed
 from benchmarks.speed.jax_client import JaxError, JaxLayer
@@ -114,15 +115,19 @@ def _cores() -> object:
 
 
 def test_command_line(tmp_path: Path) -> None:
-    assert speed.parse([]) == speed.Settings()
-    assert speed.parse(["--threads", "1", "2"]).threads == (1, 2)
+    def read(*words: str) -> speed.Settings:
+        return parse(speed.Settings, "speed", None, words)
+
+    assert read() == speed.Settings()
+    assert read("--threads", "1", "2").threads == (1, 2)
+    assert read("--jax-python", "there").jax_python == Path("there")
     with pytest.raises(SystemExit):
-        speed.parse(["--threads", "0"])
-    assert speed.parse(["--parts", "step", "step"]).parts == ("step",)
+        read("--threads", "0")
+    assert read("--parts", "step", "step").parts == ("step",)
     with pytest.raises(SystemExit):
-        speed.parse(["--targets", "--parts", "layer"])
+        read("--targets", "--parts", "layer")
     with pytest.raises(SystemExit):  # targets are about the full sizes
-        speed.parse(["--suite", "quick", "--targets"])
+        read("--suite", "quick", "--targets")
 
 
 def test_targets_are_where_they_were_promised() -> None:
