@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import lightning as L
 from torch import Tensor, nn
 
-from benchmarks.comparison.bench import Bench, TimedCompreSSM
-from benchmarks.comparison.tasks import WINDOW_END, CompareTask, LayerKind
+from benchmarks.compare.bench import Bench, TimedCompreSSM
+from benchmarks.compare.tasks import WINDOW_END, CompareTask, LayerKind
 from lightning_compressm import compress, find_ssm_layers
 from lightning_compressm.families import Family
 from lightning_compressm.surgery.apply import apply_plan

@@ -20,20 +20,21 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import arms, compare
+from benchmarks import arms
 from benchmarks.arms import all_arms
 from benchmarks.arms._base import change_loss, keep_states
 from benchmarks.arms.distillation import divergence
 from benchmarks.arms.last import infinity_norms
-from benchmarks.comparison.page import Report, make_page, states
-from benchmarks.comparison.statistics import Difference, accuracy, difference, time_to_full
-from benchmarks.comparison.store import Store, missing_jobs
-from benchmarks.comparison.subspace import dominant_subspace, overlap
-from benchmarks.comparison.suites import SUITES
-from benchmarks.comparison.tasks import TASKS, evaluate
-from benchmarks.comparison.unit import Result, jobs_of, run_unit
+from benchmarks.common.command import quiet
+from benchmarks.compare import command as compare
+from benchmarks.compare.page import Report, make_page, states
+from benchmarks.compare.statistics import Difference, accuracy, difference, time_to_full
+from benchmarks.compare.store import Store, missing_jobs
+from benchmarks.compare.subspace import dominant_subspace, overlap
+from benchmarks.compare.suites import SUITES
+from benchmarks.compare.tasks import TASKS, evaluate
+from benchmarks.compare.unit import Result, jobs_of, run_unit
 from benchmarks.data.mqar import IGNORED
-from benchmarks.training import quiet
 from lightning_compressm import HankelRegularizer
 from lightning_compressm.control import DiagonalLTI
 from lightning_compressm.nn import LRU
@@ -292,17 +293,17 @@ def test_variants_of_ours_are_compared_in_one_table() -> None:
 )
 def test_arguments_that_can_not_be_meant(arguments: list[str]) -> None:
     with pytest.raises(SystemExit):
-        compare.parse(arguments)
+        compare.main(arguments)
 
 
 PARENT = """
 import multiprocessing, os, time
 from concurrent.futures import ProcessPoolExecutor
-from benchmarks import compare
+from benchmarks.compare.processes import start
 
 if __name__ == "__main__":
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(1, context, compare.start)
+    pool = ProcessPoolExecutor(1, context, start)
     print(pool.submit(os.getpid).result(), flush=True)
     pool.submit(time.sleep, 600)
     time.sleep(600)
@@ -312,7 +313,7 @@ if __name__ == "__main__":
 def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(PARENT)
-    environment = {**os.environ, "PYTHONPATH": str(Path(compare.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(compare.__file__).parents[2])}
     with subprocess.Popen(
         [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment
     ) as parent:

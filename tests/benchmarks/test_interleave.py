@@ -6,8 +6,8 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 import pytest
 import torch
 
-from benchmarks.interleave import Stopwatch, TimedTurns, Turns
-from benchmarks.training import TASKS, build, make_trainer
+from benchmarks.train.interleave import Stopwatch, TimedTurns, Turns
+from benchmarks.train.trainer import TASKS, build, make_trainer
 
 
 def test_turns_alternate() -> None:

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import mqar
-from benchmarks.cuts import AS_TRAINED, Cut
+from benchmarks.common.command import make_console, parse
+from benchmarks.common.cuts import AS_TRAINED, Cut
 from benchmarks.data.mqar import BLANK, IGNORED, MQARDataModule, make_recall
+from benchmarks.mqar import command as mqar
+from benchmarks.mqar.run import KINDS, LATER, Settings, Sizes
 
 needs_mamba = pytest.mark.skipif(find_spec("mamba_ssm") is None, reason="mamba-ssm is missing")
 
@@ -49,12 +51,14 @@ def test_sizes_that_leave_no_room_are_refused(sizes: dict[str, int], message: st
 
 
 def test_command_line() -> None:
-    settings = mqar.parse(["--kind", "mamba2", "--criteria", "greedy", "--seeds", "3"])
+    settings = parse(Settings, "mqar", None, ["--kind", "mamba2", "--criteria", "greedy"])
     assert settings.kinds == ("mamba2",)
-    assert settings.criteria == (mqar.DEFAULT, "greedy")
+    assert settings.criteria == ("greedy",)
+    assert parse(Settings, "mqar", None, ["--seeds", "3"]) == Settings(seeds=(3,))
+    assert Settings().kinds == KINDS
     for bad in (["--states", "0"], ["--target", "--states", "8"], ["--criteria", "biggest"]):
         with pytest.raises(SystemExit):
-            mqar.parse(bad)
+            mqar.main(bad)
 
 
 def _cuts(accuracy: float, loss: float) -> list[Cut]:
@@ -71,26 +75,18 @@ def test_targets() -> None:
 
 @needs_mamba
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", mqar.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_from_end_to_end(kind: mqar.Kind, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    settings = mqar.Settings(
-        kinds=(kind,),
-        seeds=(0,),
-        steps=2,
-        state_dims=(4,),
-        output=tmp_path,
-        criteria=(mqar.DEFAULT, "random"),
-        d_model=16,
-        d_state=8,
-        head_dim=8,
+    settings = Settings(
+        kind=kind, seeds=(0,), steps=2, states=(4,), output=tmp_path, criteria=("random",)
     )
-    run = mqar.Run(kind, settings, mqar.make_console())
+    run = mqar.Run(kind, settings, make_console(), Sizes(d_model=16, d_state=8, head_dim=8))
     cuts = run.measure()
     assert {(c.recipe, c.state_dim) for c in cuts} == {
         (AS_TRAINED, 8),
-        ("uncut" + mqar.LATER, 8),
+        ("uncut" + LATER, 8),
         (mqar.DEFAULT, 4),
-        (mqar.DEFAULT + mqar.LATER, 4),
+        (mqar.DEFAULT + LATER, 4),
         ("random", 4),
     }
     assert all(0 <= c.accuracy <= 1 and c.loss > 0 for c in cuts)

@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from benchmarks import train
 from benchmarks.models import ClassifierModule, SequenceClassifier
-from benchmarks.recipes import FOLDER, TASKS, configurations
-from benchmarks.train import main
+from benchmarks.train import command as train
+from benchmarks.train.command import main
+from benchmarks.train.configurations import FOLDER, configurations
+from benchmarks.train.published import TASKS
 from lightning_compressm import CompreSSMCallback, find_ssm_layers, load_compressed
 
 ROOT = Path(__file__).parents[2]
