@@ -133,6 +133,12 @@ class HankelMonitor(Callback):
             metrics[f"hankel/rank/{name}"] = float(rank)
         pl_module.log_dict(metrics, sync_dist=trainer.world_size > 1)
 
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Detach from the layers."""
+        self._watch.detach()
+
     def state_dict(self) -> dict[str, Any]:
         """The history; plain types and tensors."""
         return {"history": list(self.history), "sequences": self._watch.state_dict()}
