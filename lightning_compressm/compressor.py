@@ -1,16 +1,20 @@
-"""Reduce the SSM layers of any module: discover, analyse, plan, apply, report. No Trainer."""
+"""Reduce the SSM layers of any module: select, look, decide, change, report. No Trainer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_compressm.model.layers import SSMLayer, select_layers
 from lightning_compressm.errors import CalibrationError
+from lightning_compressm.model.change import change
+from lightning_compressm.model.layers import SSMLayer, select_layers
+from lightning_compressm.model.resizing import install_resize_hooks
+from lightning_compressm.reduction.decision import decide, measure_spectra
+from lightning_compressm.reduction.events import CompressionReport
 from lightning_compressm.reduction.policy import (
     DEFAULT_OUTPUT_ERROR,
     BalanceChoice,
@@ -18,81 +22,10 @@ from lightning_compressm.reduction.policy import (
     ReductionPolicy,
     Selection,
 )
-from lightning_compressm.reduction.decision import measure_spectra, propose
-from lightning_compressm.reduction.recorder import CallRecorder, Context
-from lightning_compressm.reduction.events import CompressionReport
-from lightning_compressm.surgery.apply import apply_plan
-from lightning_compressm.model.copies import averages_inside, find_copies
-from lightning_compressm.model.loading import install_resize_hooks
-from lightning_compressm.surgery.optimizer import (
-    OptimizerStatePolicy,
-    carry_gradients,
-    checked_optimizers,
-    rebind_optimizers,
-)
-from lightning_compressm.surgery.plan import SurgeryPlan
+from lightning_compressm.reduction.recorder import CallRecorder, Seen
+from lightning_compressm.surgery.optimizer import checked_optimizers
 
-__all__ = ["apply_proposal", "compress", "hankel_spectra"]
-
-
-def apply_proposal(
-    model: nn.Module,
-    plan: SurgeryPlan,
-    optimizers: Iterable[Optimizer] = (),
-    policy: OptimizerStatePolicy = "transport",
-    *,
-    pending_gradients: bool = False,
-    averages: Iterable[object] = (),
-) -> Callable[[], None]:
-    """Change the model, its optimizers and averages of its weights, or leave all untouched.
-
-    Args:
-        model: the module that the plan was made for.
-        plan: from :func:`propose`.
-        optimizers: every optimizer that holds parameters of the model.
-        policy: what becomes of optimizer state.
-        pending_gradients: carry ``.grad`` over too, where a step with it is still to come.
-        averages: objects among which copies of the model, such as a running average of its weights,
-            get the same projection; each ``AveragedModel`` inside the model gets it anyway.
-
-    Returns:
-        A function that takes everything back.
-
-    Raises:
-        CompreSSMError: if the plan does not fit; nothing was changed then.
-
-    Example:
-        >>> from lightning_compressm.nn import LRU
-        >>> from lightning_compressm.reduction.policy import ReductionPolicy
-        >>> from lightning_compressm.reduction.decision import propose
-        >>> layer = LRU(1, 16)
-        >>> undo = apply_proposal(layer, propose(layer, ReductionPolicy(state_dim=4)).plan)
-        >>> layer.d_state
-        4
-        >>> undo()
-        >>> layer.d_state
-        16
-    """
-    copies = find_copies(model, [*averages_inside(model), *averages])
-    others = [(copy.mirror, copy.plan(plan)) for copy in copies]
-    undos: list[Callable[[], None]] = []
-
-    def undo() -> None:
-        while undos:
-            undos.pop()()
-
-    try:
-        applied = apply_plan(model, plan)
-        undos.append(applied.undo)
-        if pending_gradients:
-            carry_gradients(applied)
-        undos.append(rebind_optimizers(optimizers, applied, policy))
-        for module, own_plan in others:
-            undos.append(apply_plan(module, own_plan).undo)
-    except BaseException:
-        undo()
-        raise
-    return undo
+__all__ = ["compress", "hankel_spectra"]
 
 
 def compress(
@@ -181,11 +114,11 @@ def compress(
         share_state_dim=share_state_dim,
     )
     optimizers = checked_optimizers(optimizers)
-    context = _run_sample(model, select_layers(model, layers, ignore), sample)
-    proposal = propose(model, policy, context)
-    apply_proposal(model, proposal.plan, optimizers)
+    chosen = select_layers(model, layers, ignore, to_reduce=True)
+    decision = decide(model, chosen, policy, _run_sample(model, chosen, sample))
+    change(model, decision.plan, optimizers)
     install_resize_hooks(model)
-    return CompressionReport(proposal.events, proposal.spectra)
+    return CompressionReport(list(decision.events), decision.spectra)
 
 
 def hankel_spectra(
@@ -221,12 +154,13 @@ def hankel_spectra(
         torch.Size([16])
     """
     policy = ReductionPolicy(horizon=horizon, balance=balance)
-    return measure_spectra(model, policy, _run_sample(model, select_layers(model), sample))
+    layers = select_layers(model)
+    return measure_spectra(layers, policy, _run_sample(model, layers, sample))
 
 
-def _run_sample(model: nn.Module, layers: Mapping[str, SSMLayer], sample: Any) -> Context:
+def _run_sample(model: nn.Module, layers: Mapping[str, SSMLayer], sample: Any) -> Seen:
     if sample is None:
-        return Context()
+        return Seen()
     batches = sample if isinstance(sample, list) else [sample]
     modes = {module: module.training for module in model.modules()}
     try:
@@ -237,7 +171,7 @@ def _run_sample(model: nn.Module, layers: Mapping[str, SSMLayer], sample: Any) -
     finally:
         for module, training in modes.items():
             module.training = training
-    return Context(recorder.lengths, recorder.inputs)
+    return recorder.seen
 
 
 def _call(model: nn.Module, sample: Any) -> None:

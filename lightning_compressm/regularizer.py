@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lightning_compressm.reduction.analysis import naming
 from lightning_compressm.control import hankel_singular_values
-from lightning_compressm.model.layers import SSMLayer, select_layers
 from lightning_compressm.errors import UnsupportedLayerError
 from lightning_compressm.families import Family
 from lightning_compressm.families._base import tensor_of
+from lightning_compressm.model.layers import SSMLayer, select_layers
+from lightning_compressm.reduction.failures import about
 from lightning_compressm.reduction.linear import resolve_balance
 from lightning_compressm.reduction.policy import BalanceChoice
 
@@ -94,7 +94,7 @@ class HankelRegularizer:
             )
         names = layer.family.state_axes(layer.module)
         parameters = [t for n in names if (t := tensor_of(layer.module, n)).requires_grad]
-        with naming(layer):
+        with about(layer):
             system = layer.family.system(layer.module)
             balance = resolve_balance(self.balance, system)
             sigma = hankel_singular_values(system, balance=balance, horizon=self.horizon)

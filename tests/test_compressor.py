@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn, optim
 
-from lightning_compressm import compress, hankel_spectra, linear, load_compressed, register_family
+from lightning_compressm import compress, hankel_spectra, load_compressed, register_family
 from lightning_compressm.control import hankel_singular_values, per_state_energy
 from lightning_compressm.errors import (
     CompreSSMError,
@@ -24,6 +24,7 @@ from lightning_compressm.errors import (
 from lightning_compressm.families import _registry, registered_families
 from lightning_compressm.families.lru import LRUFamily
 from lightning_compressm.nn import LRU
+from lightning_compressm.reduction import linear
 from tests.families.layers import Decay, DecayFamily, PortedLRU
 
 

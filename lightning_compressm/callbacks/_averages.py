@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_compressm.families import named_layers
 from lightning_compressm.model.copies import ModelCopy, find_copies
-from lightning_compressm.model.loading import install_resize_hooks
+from lightning_compressm.model.resizing import install_resize_hooks
 
 __all__ = ["align_averages", "average_to_current", "averages_of", "install_hooks_on_averages"]
 

@@ -6,34 +6,24 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from lightning_compressm.errors import CheckpointError
-from lightning_compressm.reduction.events import LayerEvent
+from lightning_compressm import _plain
 from lightning_compressm.callbacks.schedule import Window
-from lightning_compressm.surgery.moments import misfit
-from lightning_compressm.surgery.plan import (
-    Combine,
-    Contract,
-    MomentRule,
-    Refill,
-    Select,
-    SurgeryPlan,
-)
+from lightning_compressm.errors import CheckpointError
 from lightning_compressm.model.snapshot import Snapshot
+from lightning_compressm.reduction.decision import Decision
+from lightning_compressm.reduction.events import LayerEvent
+from lightning_compressm.surgery.moments import misfit
 
 __all__ = [
     "CallbackState",
-    "Pending",
     "check_optimizer_states",
-    "pending_to_dict",
     "read_sequences",
     "read_spectra",
     "read_state",
 ]
-
-Pending = tuple[SurgeryPlan, list[LayerEvent]]
 
 _ADVICE = (
     "The state is none that this version has saved: use another checkpoint, or take the weights "
@@ -52,7 +42,7 @@ class CallbackState:
     looked_at_step: int
     sequences: dict[str, Any]
     rollback: dict[str, Any]
-    pending: Pending | None
+    pending: Decision | None
 
 
 def read_state(saved: object) -> CallbackState:
@@ -64,20 +54,12 @@ def read_state(saved: object) -> CallbackState:
     return CallbackState(
         window=_entry(saved, "window", _window),
         history=_entry(saved, "history", _history),
-        looks=_entry(saved, "looks", _count),
-        looked_at_step=_entry(saved, "looked_at_step", _integer),
+        looks=_entry(saved, "looks", _plain.count),
+        looked_at_step=_entry(saved, "looked_at_step", _plain.integer),
         sequences=_entry(saved, "sequences", read_sequences),
         rollback=_entry(saved, "rollback", _rollback),
         pending=_entry(saved, "pending", _pending),
     )
-
-
-def pending_to_dict(pending: Pending | None) -> dict[str, Any] | None:
-    """What was decided and not carried out yet, as plain types and tensors."""
-    if pending is None:
-        return None
-    plan, events = pending
-    return {"plan": plan.to_dict(), "events": [event.to_dict() for event in events]}
 
 
 def read_spectra(saved: object) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -86,13 +68,16 @@ def read_spectra(saved: object) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     Raises:
         CheckpointError: naming the entry that is missing or damaged.
     """
-    return _entry(saved, "history", _looks), _entry(saved, "sequences", read_sequences)
+    return _entry(saved, "history", _spectra), _entry(saved, "sequences", read_sequences)
 
 
 def read_sequences(value: Any) -> dict[str, Any]:
     """What is known of the sequences."""
-    lengths = {_text(name): _count(length) for name, length in _mapping(value["lengths"]).items()}
-    return {"lengths": lengths, "seen": _count(value["seen"])}
+    lengths = _plain.mapping(value["lengths"]).items()
+    return {
+        "lengths": {_plain.text(name): _plain.count(length) for name, length in lengths},
+        "seen": _plain.count(value["seen"]),
+    }
 
 
 def check_optimizer_states(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
@@ -134,129 +119,33 @@ def _window(value: Any) -> Window | None:
     if value is None:
         return None
     start, end = value
-    return Window(_integer(start), _integer(end))
+    return Window(_plain.integer(start), _plain.integer(end))
 
 
 def _history(value: Any) -> list[dict[str, Any]]:
-    return [_event(event).to_dict() for event in _list(value)]
+    return [LayerEvent.from_dict(event).to_dict() for event in _plain.items(value)]
 
 
-def _looks(value: Any) -> list[dict[str, Any]]:
-    for look in _list(value):
-        _integer(look["step"])
-        _integer(look["epoch"])
-        _check_tensors(look["spectra"])
+def _spectra(value: Any) -> list[dict[str, Any]]:
+    for look in _plain.items(value):
+        _plain.integer(look["step"])
+        _plain.integer(look["epoch"])
+        _plain.tensors(look["spectra"])
     return [dict(look) for look in value]
 
 
-def _pending(value: Any) -> Pending | None:
-    if value is None:
-        return None
-    plan = SurgeryPlan.from_dict(_mapping(value["plan"]))
-    for name, edit in plan.edits.items():
-        _text(name)
-        _tensor(edit.value)
-        _check_rule(edit.moments)
-    for name in (*plan.attributes, *plan.projections):
-        _text(name)
-    for tensors in plan.projections.values():
-        _check_tensors(tensors)
-    events = [_event(event) for event in _list(value["events"])]
-    if not events:
-        raise ValueError("a plan without events")
-    return plan, events
+def _pending(value: Any) -> Decision | None:
+    return None if value is None else Decision.from_dict(value)
 
 
 def _rollback(value: Any) -> dict[str, Any]:
-    saved = _mapping(value)
+    saved = _plain.mapping(value)
     if saved["reference"] is not None:
-        _number(saved["reference"])
-    _text(saved["verdict"])
-    if not isinstance(saved["stopped"], bool):
-        raise TypeError(f"expected True or False, got {type(saved['stopped']).__name__}")
+        _plain.number(saved["reference"])
+    _plain.text(saved["verdict"])
+    _plain.flag(saved["stopped"])
     if saved["file"] is not None:
-        _text(saved["file"])
+        _plain.text(saved["file"])
     if saved["snapshot"] is not None:
-        _check_snapshot(Snapshot.from_dict(_mapping(saved["snapshot"])))
+        Snapshot.from_dict(saved["snapshot"])
     return saved
-
-
-def _check_tensors(values: Any) -> None:
-    for name, tensor in _mapping(values).items():
-        _text(name)
-        _tensor(tensor)
-
-
-def _check_snapshot(snapshot: Snapshot) -> None:
-    for values in (snapshot.model, *snapshot.averages):
-        _check_tensors(values)
-    for states in snapshot.optimizers:
-        for position, state in _mapping(states).items():
-            _integer(position)
-            _mapping(state)
-
-
-def _check_rule(rule: MomentRule) -> None:
-    if not isinstance(rule, Refill):
-        _integer(rule.dim)
-    if isinstance(rule, Select):
-        _tensor(rule.index)
-    elif isinstance(rule, Combine):
-        matrices = [m for part in _mapping(rule.parts).values() for m in _mapping(part).values()]
-        for matrix in matrices:
-            _tensor(matrix)
-    elif isinstance(rule, Contract):
-        for weights in _mapping(rule.weights).values():
-            _tensor(weights)
-    if isinstance(rule, Contract | Refill):
-        _number(rule.scale)
-
-
-def _event(value: Any) -> LayerEvent:
-    event = LayerEvent(**_mapping(value))
-    for text in (event.layer, event.family, event.action, event.reason, event.balance):
-        _text(text)
-    for count in (event.old_state_dim, event.new_state_dim, event.step, event.epoch):
-        _integer(count)
-    for number in (event.energy_kept, event.seconds):
-        _number(number)
-    for optional in (event.error_bound, event.output_error, event.horizon):
-        if optional is not None:
-            _number(optional)
-    return event
-
-
-def _expect(value: Any, kind: type | tuple[type, ...], name: str) -> Any:
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise TypeError(f"expected {name}, got {type(value).__name__}")
-    return value
-
-
-def _list(value: Any) -> list[Any]:
-    return list(_expect(value, list, "a list"))
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return dict(_expect(value, Mapping, "a mapping"))
-
-
-def _text(value: Any) -> str:
-    return str(_expect(value, str, "text"))
-
-
-def _tensor(value: Any) -> None:
-    _expect(value, Tensor, "a tensor")
-
-
-def _number(value: Any) -> None:
-    _expect(value, (int, float), "a number")
-
-
-def _integer(value: Any) -> int:
-    return int(_expect(value, int, "an integer"))
-
-
-def _count(value: Any) -> int:
-    if _integer(value) < 0:
-        raise ValueError(f"expected a count, got {value}")
-    return int(value)

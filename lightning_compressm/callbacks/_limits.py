@@ -7,9 +7,9 @@ from dataclasses import replace
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
-from lightning_compressm.callbacks.schedule import Schedule, Window
+from lightning_compressm.callbacks.schedule import Schedule
 
-__all__ = ["accumulation_changes", "is_last_step", "total_steps", "window_of"]
+__all__ = ["accumulation_changes", "fitting", "is_last_step", "total_steps"]
 
 
 def accumulation_changes(trainer: pl.Trainer) -> bool:
@@ -34,13 +34,9 @@ def is_last_step(trainer: pl.Trainer) -> bool:
     return trainer.should_stop or (total is not None and 0 < total <= trainer.global_step)
 
 
-def window_of(schedule: Schedule, trainer: pl.Trainer) -> Window:
-    """The window of this run.
-
-    Raises:
-        ValueError: for a window in shares of an endless run, or one after the run's end.
-    """
+def fitting(schedule: Schedule, trainer: pl.Trainer) -> Schedule:
+    """The schedule itself; of a ``fast_dev_run`` one that fits into its few steps."""
     if trainer.fast_dev_run and not schedule.is_share:  # type: ignore[attr-defined]
         # A few steps to see that all works must not fail for want of steps.
-        schedule = replace(schedule, window=(0.0, 1.0))
-    return schedule.resolve(total_steps(trainer))
+        return replace(schedule, window=(0.0, 1.0))
+    return schedule

@@ -10,9 +10,9 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from lightning_compressm.callbacks._limits import accumulation_changes
-from lightning_compressm.model.layers import SSMLayer, find_ssm_layers, refuse_irreplaceable
 from lightning_compressm.errors import UnsupportedStrategyError
-from lightning_compressm.model.loading import lacks_resize_hooks
+from lightning_compressm.model.layers import SSMLayer, find_ssm_layers
+from lightning_compressm.model.resizing import lacks_resize_hooks
 from lightning_compressm.surgery.optimizer import check_optimizer
 
 __all__ = ["check_fit", "check_setup"]
@@ -39,11 +39,8 @@ def check_fit(trainer: pl.Trainer, layers: Iterable[SSMLayer]) -> None:
     Raises:
         UnsupportedStrategyError: naming a callback.
         UnsupportedOptimizerError: naming an optimizer whose state can't follow.
-        UnsupportedLayerError: naming a layer whose tensors can't be replaced, and what is special.
     """
-    layers = list(layers)
     _check_pruning(trainer, layers)
-    refuse_irreplaceable(layers)
     for optimizer in trainer.optimizers:
         check_optimizer(optimizer)
 
@@ -98,7 +95,7 @@ def _check_returned_weights(trainer: pl.Trainer, pl_module: pl.LightningModule) 
         raise UnsupportedStrategyError(
             "spawned and forked processes send their weights back to the model in the main "
             f"process, where {', '.join(map(repr, lacking))} can't load a smaller state dimension. "
-            "Call lightning_compressm.model.loading.install_resize_hooks(model) before fit, or "
+            "Call lightning_compressm.install_resize_hooks(model) before fit, or "
             "use strategy='ddp'."
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
@@ -13,14 +14,14 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_compressm._rules import AMOUNT, TEXT, one_of, optional
 from lightning_compressm.callbacks._averages import averages_of
 from lightning_compressm.callbacks._strategy import carry_out
-from lightning_compressm.callbacks._together import all_together
-from lightning_compressm.model.layers import SSMLayer
 from lightning_compressm.errors import CheckpointError, SurgeryError
-from lightning_compressm.reduction.policy import check_amount, check_choice, check_text
-from lightning_compressm.reduction.events import LayerEvent
+from lightning_compressm.model.layers import SSMLayer
 from lightning_compressm.model.snapshot import Snapshot
+from lightning_compressm.reduction.decision import Decision
+from lightning_compressm.reduction.events import LayerEvent
 from lightning_compressm.reduction.failures import TroubleError
 
 __all__ = ["RollbackGuard"]
@@ -51,10 +52,10 @@ class RollbackGuard:
         max_degradation: float,
         directory: str | None,
     ) -> None:
-        check_text("monitor", monitor)
-        check_choice("mode", mode, ("min", "max"))
-        check_amount("max_degradation", max_degradation)
-        check_text("rollback_dir", directory)
+        optional(TEXT).check("monitor", monitor)
+        one_of("min", "max").check("mode", mode)
+        AMOUNT.check("max_degradation", max_degradation)
+        optional(TEXT).check("rollback_dir", directory)
         self.monitor, self.mode, self.max_degradation = monitor, mode, max_degradation
         self.directory = directory
         self.reference: float | None = None
@@ -79,19 +80,22 @@ class RollbackGuard:
         """Whether a kept state waits for its verdict."""
         return self._snapshot is not None or self._file is not None
 
-    def check(self, trainer: pl.Trainer) -> None:
+    def check(self, trainer: pl.Trainer, callbacks: int) -> None:
         """Refuse a run without validation, or with another callback; to be called on all ranks.
+
+        Args:
+            trainer: of the run.
+            callbacks: how many reduce its model.
 
         Raises:
             ValueError: if nothing would ever be judged, or if two would undo each other's work.
         """
         if self.monitor is None:
             return
-        count = len(all_together(trainer))
-        if count > 1:
+        if callbacks > 1:
             raise ValueError(
                 f"monitor={self.monitor!r}: expected one CompreSSMCallback in the Trainer, got "
-                f"{count}; a rollback brings the whole model back, and with it what another "
+                f"{callbacks}; a rollback brings the whole model back, and with it what another "
                 "one had reduced. Reduce all layers by one callback, or leave `monitor` out."
             )
         self._run = trainer.strategy.broadcast(uuid4().hex[:8])
@@ -153,25 +157,25 @@ class RollbackGuard:
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        layers_of: Callable[[], Mapping[str, SSMLayer]],
-    ) -> list[LayerEvent]:
+        layers: Mapping[str, SSMLayer],
+    ) -> Decision:
         """Bring back the kept state on every rank, or on none, and stop reducing.
 
         Returns:
-            One event for each of the layers whose state dimension changed.
+            An event for each of the layers whose state dimension changed.
 
         Raises:
             SurgeryError: or :class:`CheckpointError`, on every rank, if it can't be done on one.
         """
-        before = {name: layer.state_dim for name, layer in layers_of().items()}
+        before = {name: layer.state_dim for name, layer in layers.items()}
         averages = averages_of(trainer, pl_module)
 
-        def change() -> Callable[[], None]:
+        def work(undo: ExitStack) -> None:
             kept = self._read(trainer.global_rank) if self._snapshot is None else self._snapshot
-            return kept.restore(pl_module, trainer.optimizers, averages)
+            kept.restore(pl_module, trainer.optimizers, averages, undo)
 
         try:
-            carry_out(trainer.strategy, change)
+            carry_out(trainer.strategy, work)
         except TroubleError as trouble:
             raise SurgeryError(
                 f"the reduction was to be rolled back ({self.verdict}), but that failed: "
@@ -185,14 +189,14 @@ class RollbackGuard:
                 old_state_dim=before[name],
                 new_state_dim=layer.state_dim,
                 reason=self.verdict,
-            ).at(trainer.global_step, trainer.current_epoch)
-            for name, layer in layers_of().items()
+            )
+            for name, layer in layers.items()
             if layer.state_dim != before[name]
         ]
         reason, self.verdict, self.stopped = self.verdict, "", True
         self.forget(trainer)
         rank_zero_warn(f"CompreSSMCallback took the last reduction back: {reason}.")
-        return events
+        return Decision(events=events).at(trainer.global_step, trainer.current_epoch)
 
     def forget(self, trainer: pl.Trainer) -> None:
         """Drop the kept state."""

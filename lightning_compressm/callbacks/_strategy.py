@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import pickle
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
@@ -13,12 +14,12 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor
 
 from lightning_compressm.callbacks._averages import averages_of
-from lightning_compressm.compressor import apply_proposal
 from lightning_compressm.errors import CompreSSMError, SurgeryError
-from lightning_compressm.reduction.recorder import Processes
+from lightning_compressm.model.change import change
+from lightning_compressm.reduction.failures import Reach, TroubleError, describe, reach_of
+from lightning_compressm.reduction.processes import Processes
 from lightning_compressm.surgery.optimizer import OptimizerStatePolicy
 from lightning_compressm.surgery.plan import SurgeryPlan
-from lightning_compressm.reduction.failures import Reach, TroubleError, describe, reach_of
 
 __all__ = [
     "Ranks",
@@ -51,6 +52,10 @@ class Ranks(Processes):
         there = total.detach().clone().to(self.strategy.root_device)
         summed: Tensor = self._exchange(lambda: self.strategy.reduce(there, reduce_op="sum"))
         return summed.to(total.device)
+
+    def agree(self, value: T) -> T:
+        """What rank 0 has."""
+        return self.give(value, 0)
 
     def give(self, value: T, owner: int) -> T:
         """What the rank ``owner`` has."""
@@ -152,36 +157,27 @@ def swap(
             Model, optimizers and strategy are untouched in both cases.
     """
 
-    def change() -> Callable[[], None]:
-        take_back = before(trainer, pl_module)
-        try:
-            undo = apply_proposal(
-                pl_module,
-                plan,
-                trainer.optimizers,
-                optimizer_state,
-                pending_gradients=not pl_module.automatic_optimization,
-                averages=averages_of(trainer, pl_module),
-            )
-        except BaseException:
-            take_back()
-            raise
+    def work(undo: ExitStack) -> None:
+        undo.callback(before(trainer, pl_module))
+        change(
+            pl_module,
+            plan,
+            trainer.optimizers,
+            optimizer_state,
+            pending_gradients=not pl_module.automatic_optimization,
+            averages=averages_of(trainer, pl_module),
+            undo=undo,
+        )
 
-        def undo_all() -> None:
-            undo()
-            take_back()
-
-        return undo_all
-
-    carry_out(trainer.strategy, change)
+    carry_out(trainer.strategy, work)
 
 
-def carry_out(strategy: Strategy, change: Callable[[], Callable[[], None]]) -> None:
+def carry_out(strategy: Strategy, work: Callable[[ExitStack], None]) -> None:
     """Change the model's shape on every rank, or on none.
 
     Args:
         strategy: of the Trainer.
-        change: changes everything or raises; returns what takes it back.
+        work: changes everything; puts what takes it back on the stack that it is given.
 
     Raises:
         TroubleError: on every rank if one has no room for the new tensors.
@@ -189,20 +185,15 @@ def carry_out(strategy: Strategy, change: Callable[[], Callable[[], None]]) -> N
             Model, optimizers and strategy are untouched in both cases.
     """
     ranks = Ranks(strategy)
-    undo: list[Callable[[], None]] = []
-    try:
-        ranks.together(lambda: undo.append(change()))
+    with ExitStack() as undo:
+        ranks.together(lambda: work(undo))
         if isinstance(strategy, DDPStrategy):
-            undo.append(_wrapper_restorer(strategy))
+            undo.callback(_wrapper_restorer(strategy))
             # A rank that fails here tells nobody: the others may be in an exchange of DDP's own,
             # which ends when this rank does, or with the strategy's timeout.
             _rewrap(strategy)
             ranks.together(lambda: None)
-    except BaseException:
-        while undo:
-            undo.pop()()
-        raise
-    undo.clear()
+        undo.pop_all()  # from here on nothing is taken back
     gc.collect()  # the old reducer's hooks on parameters that stayed must go now
 
 

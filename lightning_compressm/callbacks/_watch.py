@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-import lightning.pytorch as pl
-
-from lightning_compressm.model.layers import SSMLayer, select_layers
-from lightning_compressm.families import SelectiveFamily
+from lightning_compressm.model.layers import SSMLayer
 from lightning_compressm.reduction.policy import ReductionPolicy
-from lightning_compressm.reduction.recorder import CallRecorder, Context, Processes
+from lightning_compressm.reduction.recorder import CallRecorder, Seen
 
 __all__ = ["TrainingWatch"]
 
@@ -29,30 +27,27 @@ class TrainingWatch:
         self.batches = batches
         self.lengths: dict[str, int] = {}
         self._seen = 0
-        self._layers: dict[str, SSMLayer] | None = None
+        self._layers: Mapping[str, SSMLayer] = {}
         self._recorder: CallRecorder | None = None
         self._inputs: dict[str, list[Any]] = {}
 
-    def start(self) -> None:
-        """Forget which layers there were: a new run may have others."""
-        self._layers = None
+    def start(self, layers: Mapping[str, SSMLayer]) -> None:
+        """Listen to these layers from now on, and forget what others got."""
+        self._layers = layers
         self._inputs = {}
 
-    def attach(self, pl_module: pl.LightningModule, *, looking: bool) -> None:
+    def attach(self, *, looking: bool) -> None:
         """Listen to one batch, if anything about it is wanted.
 
         Args:
-            pl_module: whose layers to listen to.
             looking: whether a look is still to come, for which inputs are wanted.
         """
         self.drop()
-        layers = self._chosen(pl_module)
-        selective = any(isinstance(x.family, SelectiveFamily) for x in layers.values())
         lengths = self.policy.horizon == "auto" and self._seen < self.batches
         if not looking:
             self._inputs = {}
-        if lengths or (selective and looking):
-            self._recorder = CallRecorder(layers)
+        if lengths or (self._wanted and looking):
+            self._recorder = CallRecorder(self._layers)
 
     def detach(self) -> None:
         """Keep what was heard; safe to call at any time."""
@@ -72,20 +67,20 @@ class TrainingWatch:
             self._recorder.close()
             self._recorder = None
 
-    def ready(self, pl_module: pl.LightningModule) -> bool:
+    @property
+    def ready(self) -> bool:
         """Whether there is calibration data if it is needed; right after a resume there is none."""
-        layers = self._chosen(pl_module)
-        wanted = {n for n, x in layers.items() if isinstance(x.family, SelectiveFamily)}
-        return not wanted or bool(wanted & self._inputs.keys())
+        return not self._wanted or bool(self._wanted & self._inputs.keys())
 
-    def _chosen(self, pl_module: pl.LightningModule) -> dict[str, SSMLayer]:
-        if self._layers is None:
-            self._layers = select_layers(pl_module, self.policy.layers, self.policy.ignore)
-        return self._layers
+    @property
+    def _wanted(self) -> set[str]:
+        """Layers that can't be looked at without data."""
+        return {name for name, layer in self._layers.items() if layer.family.needs_data}
 
-    def context(self, processes: Processes) -> Context:
+    @property
+    def seen(self) -> Seen:
         """What is known of the data by now."""
-        return Context(self.lengths, self._inputs, processes)
+        return Seen(self.lengths, self._inputs)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types only."""

@@ -2,43 +2,33 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_compressm._rules import COUNT, FLAG, one_of
 from lightning_compressm.callbacks._averages import (
     align_averages,
     average_to_current,
     install_hooks_on_averages,
 )
-from lightning_compressm.callbacks._limits import is_last_step, window_of
+from lightning_compressm.callbacks._checkpoint import check_optimizer_states, read_state
+from lightning_compressm.callbacks._limits import is_last_step
 from lightning_compressm.callbacks._refusals import check_fit, check_setup
 from lightning_compressm.callbacks._rollback import RollbackGuard
-from lightning_compressm.callbacks._checkpoint import check_optimizer_states, pending_to_dict, read_state
-from lightning_compressm.callbacks._strategy import decide_together, swap
-from lightning_compressm.callbacks._together import log_dimensions
-from lightning_compressm.callbacks._watch import TrainingWatch
-from lightning_compressm.model.layers import SSMLayer, select_layers
+from lightning_compressm.callbacks._run import ReductionRun
+from lightning_compressm.callbacks.schedule import Schedule
+from lightning_compressm.model.layers import select_layers
+from lightning_compressm.model.resizing import install_resize_hooks
+from lightning_compressm.reduction.events import dimension_metrics
 from lightning_compressm.reduction.policy import (
     DEFAULT_OUTPUT_ERROR,
     BalanceChoice,
     ReductionPolicy,
     Selection,
-    check_choice,
-    check_count,
-    check_flag,
 )
-from lightning_compressm.reduction.decision import propose
-from lightning_compressm.reduction.recorder import Processes
-from lightning_compressm.reduction.events import LayerEvent, format_table
-from lightning_compressm.callbacks.schedule import Schedule, Window
-from lightning_compressm.model.loading import install_resize_hooks
 from lightning_compressm.surgery.optimizer import OptimizerStatePolicy
-from lightning_compressm.surgery.plan import SurgeryPlan
-from lightning_compressm.reduction.failures import TroubleError
 
 __all__ = ["CompreSSMCallback"]
 
@@ -141,9 +131,9 @@ class CompreSSMCallback(Callback):
         optimizer_state: OptimizerStatePolicy = "transport",
         verbose: bool = True,
     ) -> None:
-        check_choice("optimizer_state", optimizer_state, ("transport", "truncate", "reset"))
-        check_count("calibration_batches", calibration_batches)
-        check_flag("verbose", verbose)
+        one_of(*get_args(OptimizerStatePolicy)).check("optimizer_state", optimizer_state)
+        COUNT.check("calibration_batches", calibration_batches)
+        FLAG.check("verbose", verbose)
         self.policy = ReductionPolicy(
             tolerance=tolerance,
             fraction=fraction,
@@ -162,30 +152,27 @@ class CompreSSMCallback(Callback):
             max_output_error=max_output_error,
             trained_on=True,
         )
-        self.schedule = Schedule(window, every_n_epochs, every_n_steps)
-        self._new_guard = partial(RollbackGuard, monitor, mode, max_degradation, rollback_dir)
-        self.calibration_batches = calibration_batches
-        self.optimizer_state: OptimizerStatePolicy = optimizer_state
-        self.verbose = verbose
-        self._fitting = True  # a test of some checkpoint must not replace the history of training
-        self._reset()
+        schedule = Schedule(window, every_n_epochs, every_n_steps)
 
-    def _reset(self) -> None:
-        self.history: list[dict[str, Any]] = []
-        self._state_dims: dict[str, int] = {}
-        self._window: Window | None = None
-        self._looks = 0
-        self._looked_at_step = -1
-        self._overdue = False  # a look that waits for calibration data or for a first validation
-        self._last_step = -1
-        self._pending: tuple[SurgeryPlan, list[LayerEvent]] | None = None
-        self._watch = TrainingWatch(self.policy, self.calibration_batches)
-        self._guard = self._new_guard()
+        def new_run() -> ReductionRun:
+            guard = RollbackGuard(monitor, mode, max_degradation, rollback_dir)
+            return ReductionRun(
+                self.policy, schedule, calibration_batches, optimizer_state, guard, verbose
+            )
+
+        self._new_run = new_run
+        self._run = new_run()
+        self._fitting = True  # a test of some checkpoint must not replace the history of training
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """One dict for each layer and look."""
+        return self._run.history
 
     @property
     def state_dims(self) -> dict[str, int]:
         """Layer name -> current state dimension; empty before training starts."""
-        return dict(self._state_dims)
+        return self._run.state_dims
 
     @property
     def state_key(self) -> str:
@@ -200,46 +187,38 @@ class CompreSSMCallback(Callback):
         if self._fitting:
             check_setup(trainer, pl_module)
             if trainer.global_step == 0:
-                self._reset()
+                self._run = self._new_run()
         install_resize_hooks(pl_module)
         install_hooks_on_averages(trainer, pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check layers and optimizers, and tie the window to this run."""
-        check_fit(trainer, self._layers_of(pl_module).values())
-        self._guard.check(trainer)
+        layers = select_layers(pl_module, self.policy.layers, self.policy.ignore, to_reduce=True)
+        check_fit(trainer, layers.values())
+        self._run.guard.check(trainer, len(_all_together(trainer)))
         align_averages(trainer, pl_module)
-        self._last_step = trainer.global_step
-        self._watch.start()
-        self._refresh_state_dims(pl_module)
-        if self._window is None:
-            self._window = window_of(self.schedule, trainer)
-        if self._window.end < 1:
-            rank_zero_warn("CompreSSMCallback: the run is too short for a reduction.")
+        self._run.begin(trainer, layers)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check what a checkpoint gave the optimizers; it is restored only now."""
         # Without it, the first batch of a resumed accumulation would look like an optimizer step.
-        self._last_step = trainer.global_step
+        self._run.looks.advance(trainer.global_step)
         check_optimizer_states(trainer.optimizers, pl_module)
 
     # -- training ----------------------------------------------------------------------------
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go back, or swap what the end of the last epoch committed to."""
-        self._roll_back(trainer, pl_module)
+        self._run.roll_back(trainer, pl_module)
         # A checkpoint written during validation is older than its epoch's look: catch up.
-        self._look_at_epoch_end(trainer, pl_module, trainer.current_epoch - 1)
-        self._execute(trainer, pl_module)
+        self._run.after_epoch(trainer, pl_module, trainer.current_epoch - 1)
+        self._run.execute(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Watch the layers, as long as something about the data is to be learnt."""
-        window = self._window
-        looking = window is not None and (self._overdue or self._last_step <= window.end)
-        looking = looking and self._guard.allows_reduction
-        self._watch.attach(pl_module, looking=looking)
+        self._run.listen()
 
     def on_train_batch_end(
         self,
@@ -250,59 +229,46 @@ class CompreSSMCallback(Callback):
         batch_idx: int,
     ) -> None:
         """Act right after an optimizer step, where the schedule says so."""
-        self._watch.detach()
-        before, step = self._last_step, trainer.global_step
-        if step == before:  # gradients are still being accumulated
-            return
-        self._last_step = step
-        self._roll_back(trainer, pl_module)
-        if self._window is None or not self._guard.allows_reduction:
-            return
-        due = self.schedule.due_at_step(self._window, before, step, self._looks)
-        if not self._overdue and not due:
-            return
-        if trainer.is_last_batch and self._due_at_epoch_end(trainer, trainer.current_epoch):
-            return
-        if not is_last_step(trainer):
-            self._look(trainer, pl_module, trainer.current_epoch)
-            self._execute(trainer, pl_module)
+        self._run.after_batch(trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Judge the latest reductions."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._guard.judge(trainer)
+            self._run.guard.judge(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at the spectra and commit to a plan; log the dimensions of this epoch."""
-        self._watch.drop()
-        log_dimensions(self, trainer, pl_module)
+        self._run.watch.drop()
+        self._log_dimensions(trainer, pl_module)
         if not is_last_step(trainer):
-            self._look_at_epoch_end(trainer, pl_module, trainer.current_epoch)
+            self._run.after_epoch(trainer, pl_module, trainer.current_epoch)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go back if the last validation wants it."""
-        if self._roll_back(trainer, pl_module):
+        if self._run.roll_back(trainer, pl_module):
             average_to_current(trainer, pl_module)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Detach from the layers."""
-        self._watch.detach()
+        self._run.watch.detach()
 
-    # -- checkpoints -------------------------------------------------------------------------
+    # -- logs and checkpoints ----------------------------------------------------------------
+
+    def _log_dimensions(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the state dimensions; the first callback does it for all: there is one sum."""
+        together = _all_together(trainer)
+        if together[0] is not self:
+            return
+        state_dims = {name: dim for c in together for name, dim in c.state_dims.items()}
+        history = sorted((e for c in together for e in c.history), key=lambda e: e["step"])
+        metrics = dimension_metrics(state_dims, history)
+        pl_module.log_dict(metrics, sync_dist=trainer.world_size > 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Window, history and a committed but not yet executed plan; plain types and tensors."""
-        return {
-            "window": [self._window.start, self._window.end] if self._window else None,
-            "history": [dict(event) for event in self.history],
-            "looks": self._looks,
-            "looked_at_step": self._looked_at_step,
-            "sequences": self._watch.state_dict(),
-            "rollback": self._guard.state_dict(),
-            "pending": pending_to_dict(self._pending),
-        }
+        return self._run.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the state of a checkpoint that is trained on; the window stays what it was.
@@ -310,91 +276,11 @@ class CompreSSMCallback(Callback):
         Raises:
             CheckpointError: if it is damaged; the callback is as it was then.
         """
-        if not self._fitting:
-            return
-        saved = read_state(state_dict)
-        self._window, self._pending = saved.window, saved.pending
-        self.history = saved.history
-        self._looks, self._looked_at_step = saved.looks, saved.looked_at_step
-        self._watch.load_state_dict(saved.sequences)
-        self._guard.load_state_dict(saved.rollback)
+        if self._fitting:
+            self._run.load_state_dict(read_state(state_dict))
 
-    # -- the work ----------------------------------------------------------------------------
 
-    def _due_at_epoch_end(self, trainer: pl.Trainer, epoch: int) -> bool:
-        step = trainer.global_step
-        return (
-            self._window is not None
-            and self._guard.allows_reduction
-            and 0 < step != self._looked_at_step
-            and epoch >= 0
-            and self.schedule.due_at_epoch_end(self._window, step, epoch)
-        )
-
-    def _look_at_epoch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int
-    ) -> None:
-        """Commit to a plan if it is time."""
-        if not self._due_at_epoch_end(trainer, epoch):
-            return
-        if self._watch.ready(pl_module):
-            self._look(trainer, pl_module, epoch)
-        else:  # right after a resume: the first batch will tell
-            self._overdue = True
-
-    def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
-        """Commit to a plan, unless ``monitor`` has to be validated for the first time before."""
-        if self._guard.waits:
-            self._overdue = True
-        else:
-            self._commit(trainer, pl_module, epoch)
-
-    def _commit(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
-        """Decide together; every rank holds the plan of rank 0 afterwards."""
-        step = trainer.global_step
-
-        def decide(processes: Processes) -> tuple[dict[str, Any], list[LayerEvent]]:
-            context = self._watch.context(processes)
-            proposal = propose(pl_module, self.policy, context, seed=step)
-            return proposal.plan.to_dict(), [event.at(step, epoch) for event in proposal.events]
-
-        plan, events = decide_together(trainer.strategy, decide)
-        self._looks += 1
-        self._overdue = False
-        self._looked_at_step = step
-        self._pending = (SurgeryPlan.from_dict(plan), events)
-
-    def _execute(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._pending is None:
-            return
-        plan, events = self._pending
-        try:
-            if plan:
-                swap(trainer, pl_module, plan, self.optimizer_state, before=self._guard.keep)
-        except TroubleError as trouble:
-            rank_zero_warn(f"CompreSSMCallback: no reduction, the swap failed: {trouble.reason}")
-            events = [event.skipped(f"the swap failed: {trouble.reason}") for event in events]
-        self._pending = None
-        self._record(pl_module, events)
-
-    def _roll_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
-        """Go back if the latest validation wants it; whether it did."""
-        if not self._guard.verdict:
-            return False
-        events = self._guard.restore(trainer, pl_module, lambda: self._layers_of(pl_module))
-        self._pending = None
-        self._record(pl_module, events)
-        return True
-
-    def _record(self, pl_module: pl.LightningModule, events: list[LayerEvent]) -> None:
-        self.history += [event.to_dict() for event in events]
-        self._refresh_state_dims(pl_module)
-        if self.verbose and events:
-            step = events[0].step
-            rank_zero_info(f"CompreSSM after step {step}:\n{format_table(events)}")
-
-    def _layers_of(self, pl_module: pl.LightningModule) -> dict[str, SSMLayer]:
-        return select_layers(pl_module, self.policy.layers, self.policy.ignore)
-
-    def _refresh_state_dims(self, pl_module: pl.LightningModule) -> None:
-        self._state_dims = {n: x.state_dim for n, x in self._layers_of(pl_module).items()}
+def _all_together(trainer: pl.Trainer) -> list[CompreSSMCallback]:
+    """All that reduce the Trainer's model, in its order of callbacks."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, CompreSSMCallback)]

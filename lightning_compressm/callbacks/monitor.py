@@ -8,15 +8,16 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from lightning_compressm._rules import COUNT
 from lightning_compressm.callbacks._checkpoint import read_spectra
 from lightning_compressm.callbacks._strategy import decide_together
 from lightning_compressm.callbacks._watch import TrainingWatch
 from lightning_compressm.control import order_for_energy
 from lightning_compressm.model.layers import select_layers
-from lightning_compressm.reduction.policy import BalanceChoice, ReductionPolicy, check_count
+from lightning_compressm.model.resizing import install_resize_hooks
 from lightning_compressm.reduction.decision import measure_spectra
-from lightning_compressm.reduction.recorder import Processes
-from lightning_compressm.model.loading import install_resize_hooks
+from lightning_compressm.reduction.policy import BalanceChoice, ReductionPolicy
+from lightning_compressm.reduction.processes import Processes
 
 __all__ = ["HankelMonitor"]
 
@@ -57,7 +58,7 @@ class HankelMonitor(Callback):
         balance: BalanceChoice = "auto",
         horizon: int | Literal["auto"] | None = "auto",
     ) -> None:
-        check_count("every_n_epochs", every_n_epochs)
+        COUNT.check("every_n_epochs", every_n_epochs)
         self.policy = ReductionPolicy(
             tolerance=tolerance,
             layers=layers,
@@ -84,14 +85,13 @@ class HankelMonitor(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse patterns that match nothing before the first step."""
-        self._watch.start()
-        select_layers(pl_module, self.policy.layers, self.policy.ignore)
+        self._watch.start(select_layers(pl_module, self.policy.layers, self.policy.ignore))
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Watch the layers for lengths and calibration data."""
-        self._watch.attach(pl_module, looking=True)
+        self._watch.attach(looking=True)
 
     def on_train_batch_end(
         self,
@@ -107,12 +107,14 @@ class HankelMonitor(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Record and log the spectra."""
         self._watch.drop()
-        if (trainer.current_epoch + 1) % self.every_n_epochs or not self._watch.ready(pl_module):
+        if (trainer.current_epoch + 1) % self.every_n_epochs or not self._watch.ready:
             return  # a resume at an epoch's end has no data to calibrate on
 
+        layers = select_layers(pl_module, self.policy.layers, self.policy.ignore)
+
         def measure(processes: Processes) -> dict[str, Tensor]:
-            context = self._watch.context(processes)
-            found = measure_spectra(pl_module, self.policy, context, leave_out=True)
+            seen = self._watch.seen
+            found = measure_spectra(layers, self.policy, seen, processes, leave_out=True)
             return {name: sigma.cpu() for name, sigma in found.items()}
 
         spectra = decide_together(trainer.strategy, measure)

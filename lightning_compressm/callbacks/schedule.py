@@ -1,13 +1,18 @@
-"""When to look at the spectra: a window of the run, an interval, and at least one look."""
+"""When to look at the spectra: a window of the run, an interval, and at least one look.
+
+Nothing here knows a Trainer.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import isfinite
+from typing import Any
 
-from lightning_compressm.reduction.policy import check_count
+from lightning_compressm._rules import COUNT, optional
 
-__all__ = ["Schedule", "Window"]
+__all__ = ["Looks", "Schedule", "Window"]
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,8 @@ class Schedule:
 
     def __post_init__(self) -> None:
         """Refuse windows that can't be meant."""
-        check_count("every_n_epochs", self.every_n_epochs)
-        check_count("every_n_steps", self.every_n_steps, optional=True)
+        COUNT.check("every_n_epochs", self.every_n_epochs)
+        optional(COUNT).check("every_n_steps", self.every_n_steps)
         window = self.window
         if not _is_pair_of_numbers(window) or not 0 <= window[0] < window[1]:
             raise ValueError(
@@ -118,6 +123,102 @@ class Schedule:
         if n and step // n > before // n and window.contains(step):
             return True
         return looks == 0 and step >= window.end >= 1
+
+
+@dataclass
+class Looks:
+    """The looks of one run: which there were, and whether it is time for one.
+
+    Attributes:
+        schedule: the user's wishes.
+        window: those tied to this run; ``None`` before :meth:`begin`.
+        count: looks so far.
+        at_step: optimizer steps done at the latest one, -1 before the first.
+        overdue: whether one waits for what it needs (data, or a first validation).
+        step: optimizer steps that the run has done.
+
+    Example:
+        >>> looks = Looks(Schedule(window=(0, 10), every_n_steps=5))
+        >>> looks.begin(0, total_steps=lambda: 100)
+        >>> [step for step in range(1, 13) if looks.advance(step) and looks.due_after_step()]
+        [5, 10, 11, 12]
+        >>> looks.done()
+        >>> looks.advance(13) and looks.due_after_step()
+        False
+    """
+
+    schedule: Schedule
+    window: Window | None = None
+    count: int = 0
+    at_step: int = -1
+    overdue: bool = False
+    step: int = 0
+    _before: int = 0
+
+    def begin(self, step: int, total_steps: Callable[[], float | None]) -> None:
+        """Start or go on at ``step`` optimizer steps; a window that is tied stays what it is.
+
+        Args:
+            step: optimizer steps done before.
+            total_steps: gives those of the whole run, ``None`` if unknown; asked only if needed.
+
+        Raises:
+            ValueError: for a window that this run can't have.
+        """
+        self.step = self._before = step
+        if self.window is None:
+            self.window = self.schedule.resolve(total_steps())
+
+    @property
+    def too_short(self) -> bool:
+        """Whether the run ends before anything could be looked at."""
+        return self.window is not None and self.window.end < 1
+
+    @property
+    def to_come(self) -> bool:
+        """Whether there may be another look."""
+        return self.window is not None and (self.overdue or self.step <= self.window.end)
+
+    def advance(self, step: int) -> bool:
+        """Take note of the optimizer steps done after a batch; whether there were new ones."""
+        self._before, self.step = self.step, step
+        return step != self._before
+
+    def due_after_step(self, ending_epoch: int | None = None) -> bool:
+        """Whether to look right after the latest optimizer step.
+
+        Args:
+            ending_epoch: the epoch, from 0, if this was its last batch: a look that comes at its
+                end needs none now.
+        """
+        if self.window is None:
+            return False
+        due = self.schedule.due_at_step(self.window, self._before, self.step, self.count)
+        at_end = ending_epoch is not None and self.due_after_epoch(ending_epoch)
+        return (self.overdue or due) and not at_end
+
+    def due_after_epoch(self, epoch: int) -> bool:
+        """Whether to look at the end of ``epoch``, from 0, unless it was looked at already."""
+        return (
+            self.window is not None
+            and epoch >= 0
+            and 0 < self.step != self.at_step
+            and self.schedule.due_at_epoch_end(self.window, self.step, epoch)
+        )
+
+    def done(self) -> None:
+        """Take note of a look."""
+        self.count += 1
+        self.at_step, self.overdue = self.step, False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types only."""
+        window = self.window
+        return {
+            "window": None if window is None else [window.start, window.end],
+            "looks": self.count,
+            "looked_at_step": self.at_step,
+        }
 
 
 def _is_pair_of_numbers(value: object) -> bool:

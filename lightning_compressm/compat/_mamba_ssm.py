@@ -14,21 +14,23 @@ from typing import Any
 
 import torch
 
-from lightning_compressm.compat import _reference
+from lightning_compressm.compat import _convolutions, _norms, _scans
 
 __all__ = ["enable_mamba_ssm_cpu"]
 
-_KERNELS = {
-    "mamba_ssm.ops.selective_scan_interface": ("selective_scan_fn", "mamba_inner_fn"),
+_Function = Callable[..., Any]
+# Modules -> what stands in for their kernels on a CPU, under the kernels' own names.
+_KERNELS: dict[str, tuple[_Function, ...]] = {
+    "mamba_ssm.ops.selective_scan_interface": (_scans.selective_scan_fn, _scans.mamba_inner_fn),
     "mamba_ssm.ops.triton.ssd_combined": (
-        "mamba_chunk_scan_combined",
-        "mamba_split_conv1d_scan_combined",
+        _scans.mamba_chunk_scan_combined,
+        _scans.mamba_split_conv1d_scan_combined,
     ),
-    "mamba_ssm.ops.triton.selective_state_update": ("selective_state_update",),
-    "mamba_ssm.ops.triton.layernorm_gated": ("rmsnorm_fn",),
-    "mamba_ssm.ops.triton.layer_norm": ("layer_norm_fn", "rms_norm_fn"),
+    "mamba_ssm.ops.triton.selective_state_update": (_scans.selective_state_update,),
+    "mamba_ssm.ops.triton.layernorm_gated": (_norms.rmsnorm_fn,),
+    "mamba_ssm.ops.triton.layer_norm": (_norms.layer_norm_fn, _norms.rms_norm_fn),
     # Optional: without it mamba-ssm convolves by torch.nn.Conv1d.
-    "causal_conv1d": ("causal_conv1d_fn", "causal_conv1d_update"),
+    "causal_conv1d": (_convolutions.causal_conv1d_fn, _convolutions.causal_conv1d_update),
 }
 _EXTENSION = "selective_scan_cuda"
 _INSTALL = (
@@ -37,7 +39,6 @@ _INSTALL = (
     "pip install --no-build-isolation mamba-ssm"
 )
 
-_Function = Callable[..., Any]
 # Original kernels by identity: several modules bind the same function under their own names.
 _dispatchers: dict[int, tuple[_Function, _Function]] = {}
 
@@ -71,10 +72,10 @@ def enable_mamba_ssm_cpu() -> None:
     if "mamba_ssm" not in sys.modules and importlib.util.find_spec("mamba_ssm") is None:
         raise ModuleNotFoundError(f"mamba-ssm is not installed; {_INSTALL}", name="mamba_ssm")
     _provide_extension()
-    for name, functions in _KERNELS.items():
+    for name, references in _KERNELS.items():
         module = _import(name)
-        for function in functions if module is not None else ():
-            _register(getattr(module, function, None), getattr(_reference, function))
+        for reference in references if module is not None else ():
+            _register(getattr(module, reference.__name__, None), reference)
     for bound in list(sys.modules.values()):
         _rebind(bound)
 

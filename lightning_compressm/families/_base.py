@@ -25,6 +25,7 @@ class FamilyBase(ABC):
         state_dim_attributes: integer attributes that follow the state dimension where a layer has
             them and they equal the old one.
         length_dim: which dimension of the layer's input is time.
+        needs_data: whether a layer can only be analysed on its inputs.
 
     Example:
         >>> from lightning_compressm.families import registered_families
@@ -42,6 +43,7 @@ class FamilyBase(ABC):
         "N",
     )
     length_dim: ClassVar[int] = -2
+    needs_data: ClassVar[bool] = False
 
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
@@ -64,6 +66,19 @@ class FamilyBase(ABC):
         if not tensors or tensors[0].ndim < 2:
             return None
         return int(tensors[0].shape[self.length_dim])
+
+    def inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+        """The input in a call of a layer that needs data; ``None`` if there is none."""
+        return None
+
+    def shared_attributes(self, model: nn.Module, state_dims: Mapping[str, int]) -> dict[str, Any]:
+        """Attributes of the whole model that say how many states its layers have.
+
+        Args:
+            model: the root of the model.
+            state_dims: path of each of its layers of this family -> its state dimension to be.
+        """
+        return {}
 
     def attributes(self, module: nn.Module, state_dim: int) -> dict[str, Any]:
         """Attributes of the layer that follow the state dimension, with their new values."""

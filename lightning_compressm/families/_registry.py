@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.metadata import entry_points
@@ -12,7 +13,6 @@ from typing import Any, TypeVar
 from torch import nn
 
 from lightning_compressm.families._base import FamilyBase
-from lightning_compressm.families._selective import SelectiveFamily
 
 __all__ = [
     "ENTRY_POINT_GROUP",
@@ -112,14 +112,12 @@ def model_attributes(model: nn.Module, state_dims: Mapping[str, int]) -> dict[st
         >>> model_attributes(nn.Linear(2, 2), {})
         {}
     """
-    found: dict[str, tuple[SelectiveFamily, dict[str, int]]] = {}
+    found: dict[FamilyBase, dict[str, int]] = defaultdict(dict)
     for path, module, family in named_layers(model):
-        if isinstance(family, SelectiveFamily):
-            dims = found.setdefault(family.name, (family, {}))[1]
-            dims[path] = state_dims.get(path, family.state_dim(module))
+        found[family][path] = state_dims.get(path, family.state_dim(module))
     attributes: dict[str, Any] = {}
-    for selective, dims in found.values():
-        attributes |= selective.shared_attributes(model, dims)
+    for family, dims in found.items():
+        attributes |= family.shared_attributes(model, dims)
     return attributes
 
 

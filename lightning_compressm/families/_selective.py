@@ -45,6 +45,7 @@ class SelectiveFamily(FamilyBase):
 
     refit: ClassVar[Literal["readout", "local"]]
     approximate: ClassVar[bool] = False
+    needs_data: ClassVar[bool] = True
 
     @abstractmethod
     def state_entries(self, module: nn.Module, keep: Tensor) -> dict[str, tuple[int, Tensor]]:
@@ -99,15 +100,6 @@ class SelectiveFamily(FamilyBase):
         outputs = module(inputs)
         tensor: Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
         return tensor
-
-    def shared_attributes(self, model: nn.Module, state_dims: Mapping[str, int]) -> dict[str, Any]:
-        """Attributes of the whole model that say how many states its layers have.
-
-        Args:
-            model: the root of the model.
-            state_dims: path of each of its layers of this family -> its state dimension to be.
-        """
-        return {}
 
     def state_axes(self, module: nn.Module) -> dict[str, int]:
         """Tensors with entries that belong to states, and the dimension that these lie along."""

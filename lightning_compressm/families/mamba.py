@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from lightning_compressm.control.calibration import SelectiveSignals
 from lightning_compressm.errors import UnsupportedLayerError
-from lightning_compressm.families._base import double, shape_source, tensor_of
+from lightning_compressm.families._base import shape_source, tensor_of
+from lightning_compressm.families._rates import RatesFamily, with_readout
 from lightning_compressm.families._registry import register_family
-from lightning_compressm.families._selective import SelectiveFamily, rows_of_blocks
+from lightning_compressm.families._selective import rows_of_blocks
 from lightning_compressm.families._transformers import config_attributes
 
-__all__ = ["MambaFamily", "NormalisedMambaFamily", "ZambaFamily"]
+__all__ = ["MambaFamily", "NormalisedMambaFamily"]
 
 _PARTS = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
 # The other direction of Vision Mamba's blocks, as its authors and as mamba.py call it.
@@ -32,25 +33,8 @@ _BACKWARD = ("A_b_log", "A_log_b")
 _NORMS = ("b_layernorm", "B_layernorm", "c_layernorm", "C_layernorm")
 
 
-class _RatesFamily(SelectiveFamily):
-    """Blocks with a decay rate for each channel and state, in the last dimension of ``A_log``."""
-
-    state_dim_attributes: ClassVar[tuple[str, ...]] = ("d_state", "ssm_state_size")
-
-    def state_dim(self, module: nn.Module) -> int:
-        """The last dimension of ``A_log``."""
-        return int(shape_source(module, "A_log").shape[-1])
-
-    def state_dim_in(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> int | None:
-        """The last dimension of the saved ``A_log``."""
-        saved = tensors.get("A_log")
-        if saved is None or saved.ndim != shape_source(module, "A_log").ndim:
-            return None
-        return int(saved.shape[-1])
-
-
 @register_family
-class MambaFamily(_RatesFamily):
+class MambaFamily(RatesFamily):
     """Mamba blocks in which B and C are linear in ``x_proj``.
 
     Recognised by structure: ``in_proj, conv1d, x_proj, dt_proj, out_proj``, and ``A_log`` of shape
@@ -117,7 +101,7 @@ class MambaFamily(_RatesFamily):
         """New C rows of ``x_proj``: those of the kept states plus ``delta`` times all."""
         weight = tensor_of(module, "x_proj.weight").detach()
         n, rank = self.state_dim(module), _dt_rank(module)
-        return {"x_proj.weight": _with_readout(weight, rank, n, keep[0], delta[0])}
+        return {"x_proj.weight": with_readout(weight, rank, n, keep[0], delta[0])}
 
     def shared_attributes(self, model: nn.Module, state_dims: Mapping[str, int]) -> dict[str, Any]:
         """The config of transformers' models; mamba.py's has room for one state dimension."""
@@ -192,87 +176,6 @@ class NormalisedMambaFamily(MambaFamily):
         return MambaBlock(8, d_state, normalise=True), torch.randn(2, 12, 8)
 
 
-@register_family
-class ZambaFamily(_RatesFamily):
-    """Mamba blocks with several heads, each with a B and a C of its own.
-
-    Recognised by structure: ``x_proj_weight`` (heads, rank + 2 N, channels), ``dt_proj_weight`` and
-    ``A_log`` (heads, channels, N).
-
-    Example:
-        >>> layer, _ = ZambaFamily().example(d_state=8)
-        >>> ZambaFamily().groups(layer)
-        2
-    """
-
-    name: ClassVar[str] = "Zamba"
-    layers: ClassVar[str] = "transformers `ZambaMambaMixer`"
-    refit: ClassVar[Literal["readout", "local"]] = "readout"
-
-    def matches(self, module: nn.Module) -> bool:
-        """Whether the parameters are there, with shapes that fit together."""
-        own = module._parameters
-        names = ("x_proj_weight", "dt_proj_weight", "A_log")
-        tensors = [own.get(name) for name in names]
-        if any(t is None or t.ndim != 3 for t in tensors) or not hasattr(module, "conv1d"):
-            return False
-        x_proj, dt_proj, a_log = (t.shape for t in tensors if t is not None)
-        return (
-            x_proj[0] == dt_proj[0] == a_log[0]
-            and x_proj[2] == dt_proj[1] == a_log[1]
-            and x_proj[1] == dt_proj[2] + 2 * a_log[2]
-        )
-
-    def groups(self, module: nn.Module) -> int:
-        """The number of heads."""
-        return int(shape_source(module, "A_log").shape[0])
-
-    def state_entries(self, module: nn.Module, keep: Tensor) -> dict[str, tuple[int, Tensor]]:
-        """Head by head, since each keeps states of its own."""
-        n, rank = self.state_dim(module), int(shape_source(module, "dt_proj_weight").shape[2])
-        rows = [rows_of_blocks(rank + 2 * n, rank, k.unsqueeze(0), n, 2) for k in keep]
-        return {"A_log": (2, keep), "x_proj_weight": (1, torch.stack(rows))}
-
-    def readout_entries(self, module: nn.Module, states: Tensor) -> dict[str, tuple[int, Tensor]]:
-        """Head by head, the rows that make C."""
-        rank = int(shape_source(module, "dt_proj_weight").shape[2])
-        return {"x_proj_weight": (1, rank + self.state_dim(module) + states)}
-
-    def signals(self, module: nn.Module, inputs: Tensor) -> SelectiveSignals:
-        """Run the projections and the convolution again."""
-        own: Any = module
-        heads, length = self.groups(module), inputs.shape[1]
-        x, z = own.in_proj(inputs).unflatten(-1, (-1, 2)).unbind(-1)
-        x = torch.unflatten(F.silu(own.conv1d(x.mT)[..., :length].mT), -1, (heads, -1))
-        rank, n = own.dt_proj_weight.shape[2], self.state_dim(module)
-        projected = torch.einsum("blhp,hrp->blhr", x, own.x_proj_weight)
-        dt, B, C = torch.split(projected, [rank, n, n], -1)
-        dt = torch.einsum("blhr,hpr->blhp", dt, own.dt_proj_weight)
-        dt = F.softplus(dt + own.dt_proj_bias)
-        gate = torch.unflatten(F.silu(z), -1, (heads, -1))
-        weight = gate * own.out_proj.weight.norm(dim=0).view(heads, -1)
-        return SelectiveSignals(dt, -torch.exp(own.A_log.float()), B, C, x, weight)
-
-    def write_readout(self, module: nn.Module, keep: Tensor, delta: Tensor) -> dict[str, Tensor]:
-        """New C rows of every head."""
-        weight = tensor_of(module, "x_proj_weight").detach()
-        rank, n = int(shape_source(module, "dt_proj_weight").shape[2]), self.state_dim(module)
-        heads = zip(weight, keep, delta, strict=True)
-        return {
-            "x_proj_weight": torch.stack([_with_readout(w, rank, n, k, d) for w, k, d in heads])
-        }
-
-    def shared_attributes(self, model: nn.Module, state_dims: Mapping[str, int]) -> dict[str, Any]:
-        """The config of transformers' models."""
-        return config_attributes(model, state_dims, ("mamba_d_state",))
-
-    def example(self, d_state: int = 8) -> tuple[nn.Module, Tensor]:
-        """A plain block of the same structure with two heads."""
-        from lightning_compressm.nn._mamba import MultiHeadMambaBlock
-
-        return MultiHeadMambaBlock(8, d_state, heads=2), torch.randn(2, 12, 8)
-
-
 def _is_mamba(module: nn.Module) -> bool:
     a_log = module._parameters.get("A_log")
     parts = [module._modules.get(name) for name in _PARTS]
@@ -326,14 +229,3 @@ def _reads_config(module: nn.Module) -> bool:
     """mamba.py's blocks have no size of their own."""
     own = hasattr(module, "d_state") or hasattr(module, "ssm_state_size")
     return hasattr(getattr(module, "config", None), "d_state") and not own
-
-
-def _with_readout(weight: Tensor, rank: int, n: int, keep: Tensor, delta: Tensor) -> Tensor:
-    """Rows for dt, B of the kept states, and C of the kept states plus ``delta`` times all of C."""
-    keep = keep.to(weight.device)
-    read = double(weight[rank + n :])
-    change = delta.to(read.device) @ read
-    # Kept rows are copied, not computed, so that no change leaves them to the bit as they were.
-    rows = weight[rank + n :][keep]
-    new = torch.where(change == 0, rows, (double(rows) + change).to(weight.dtype).to(weight.device))
-    return torch.cat([weight[:rank], weight[rank : rank + n][keep], new])

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_compressm.errors import UnsupportedLayerError
+from lightning_compressm.families import find_family, named_layers
 from lightning_compressm.surgery.plan import SurgeryPlan
 
 __all__ = ["ModelCopy", "averages_inside", "find_copies", "inside_average"]
@@ -41,8 +42,6 @@ class ModelCopy:
         Raises:
             UnsupportedLayerError: if a family's plan does not say how copies follow.
         """
-        from lightning_compressm.families import find_family
-
         for name in plan.edits:
             if not any(_inside(name, layer) for layer in plan.projections):
                 raise UnsupportedLayerError(
@@ -134,8 +133,6 @@ def _original(model: nn.Module, mirror: nn.Module) -> str | None:
 
 def _layers(module: nn.Module) -> list[tuple[str, str]]:
     """Path and family of every SSM layer, those of averages inside left out."""
-    from lightning_compressm.families import named_layers
-
     skipped = inside_average(module)
     found = named_layers(module)
     return [(path, family.name) for path, layer, family in found if id(layer) not in skipped]

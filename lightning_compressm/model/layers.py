@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
 from lightning_compressm.errors import CompreSSMError, UnsupportedLayerError
 from lightning_compressm.families import find_family, named_layers, registered_families
 from lightning_compressm.families._base import FamilyBase, tensor_of
 from lightning_compressm.families._refused import refusal_reason
-from lightning_compressm.surgery.apply import check_replaceable
 from lightning_compressm.model.copies import inside_average
+from lightning_compressm.surgery.apply import check_replaceable
 
-__all__ = ["SSMLayer", "find_ssm_layers", "refuse_irreplaceable", "select_layers"]
+__all__ = ["SSMLayer", "find_ssm_layers", "select_layers"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +46,28 @@ class SSMLayer:
     def state_dim(self) -> int:
         """The current state dimension N."""
         return self.family.state_dim(self.module)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer's tensors are."""
+        return next(self.module.parameters()).device
+
+    @property
+    def tensor_ids(self) -> frozenset[int]:
+        """Ids of the tensors that have a state dimension; equal for layers that share them."""
+        tensors = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
+        return frozenset(id(tensors[name]) for name in self.family.state_axes(self.module))
+
+    def on_cpu(self) -> SSMLayer:
+        """The same layer, copied tensor by tensor: a copy on its device would need room there."""
+        memo: dict[int, object] = {}
+        for parameter in self.module.parameters():
+            copied = nn.Parameter(parameter.detach().cpu().clone(), parameter.requires_grad)
+            copied.__dict__.update(parameter.__dict__)
+            memo[id(parameter)] = copied
+        for buffer in self.module.buffers():
+            memo[id(buffer)] = buffer.detach().cpu().clone()
+        return replace(self, module=deepcopy(self.module, memo))
 
 
 def find_ssm_layers(model: nn.Module) -> dict[str, SSMLayer]:
@@ -74,7 +98,11 @@ def find_ssm_layers(model: nn.Module) -> dict[str, SSMLayer]:
 
 
 def select_layers(
-    model: nn.Module, layers: Sequence[str] | None = None, ignore: Sequence[str] | None = None
+    model: nn.Module,
+    layers: Sequence[str] | None = None,
+    ignore: Sequence[str] | None = None,
+    *,
+    to_reduce: bool = False,
 ) -> dict[str, SSMLayer]:
     """The SSM layers that patterns leave over.
 
@@ -82,6 +110,7 @@ def select_layers(
         model: any module.
         layers: glob patterns; ``None`` for all layers.
         ignore: glob patterns of layers to leave out.
+        to_reduce: also refuse layers that can be analysed but not reduced.
 
     Returns:
         Module name -> :class:`SSMLayer`.
@@ -89,7 +118,8 @@ def select_layers(
     Raises:
         UnsupportedLayerError: if nothing is left, two layers share some of their tensors, a chosen
             layer has the same tensor twice or none yet (meta device), or is of a kind that can't be
-            reduced (patterns may name these too).
+            reduced (patterns may name these too); with ``to_reduce`` also for hooks on its state
+            tensors, and for adapters that wrap them.
         ValueError: if a pattern matches no SSM layer.
 
     Example:
@@ -128,20 +158,12 @@ def select_layers(
         layer.family.refuse(layer.module)
         _check_tensors(layer)
     _check_sharing(chosen.values(), [found[name] for name in found if name not in chosen])
+    if to_reduce:
+        _refuse_irreplaceable(chosen.values())
     return chosen
 
 
-def refuse_irreplaceable(layers: Iterable[SSMLayer]) -> None:
-    """Refuse layers that can be analysed but not reduced, before any time is spent on that.
-
-    Raises:
-        UnsupportedLayerError: naming a layer with hooks on its state tensors, or whose tensors an
-            adapter wraps.
-
-    Example:
-        >>> from lightning_compressm.nn import LRU
-        >>> refuse_irreplaceable(find_ssm_layers(LRU(4, 8)).values())
-    """
+def _refuse_irreplaceable(layers: Iterable[SSMLayer]) -> None:
     for layer in layers:
         try:
             check_replaceable(layer.module, layer.family.state_axes(layer.module))

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_compressm.errors import UnsupportedLayerError
+from lightning_compressm.families import SelectiveFamily, model_attributes, named_layers
 from lightning_compressm.surgery.apply import apply_plan
 from lightning_compressm.surgery.plan import SurgeryPlan, TensorEdit
-
-if TYPE_CHECKING:
-    from lightning_compressm.families import SelectiveFamily
 
 __all__ = ["pad_state_dim"]
 
@@ -50,8 +48,6 @@ def pad_state_dim(model: ModuleT, state_dim: int | None = None) -> ModuleT:
         >>> pad_state_dim(model)[0].A_log.shape
         torch.Size([8, 5])
     """
-    from lightning_compressm.families import SelectiveFamily, model_attributes, named_layers
-
     layers: dict[str, tuple[nn.Module, SelectiveFamily]] = {}
     largest: dict[str, int] = {}
     for path, module, family in named_layers(model):

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_compressm.surgery.apply import AppliedSurgery
-
 __all__ = ["ModelPicture"]
 
 
@@ -19,10 +17,6 @@ class ModelPicture:
 
     Args:
         model: the model; its weights are copied, so this takes as much memory again.
-        applied: a surgery that is to be taken back too.
-
-    Attributes:
-        applied: may be set later.
 
     Example:
         >>> layer = nn.Linear(2, 2)
@@ -33,9 +27,8 @@ class ModelPicture:
         True
     """
 
-    def __init__(self, model: nn.Module, applied: AppliedSurgery | None = None) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.applied = applied or AppliedSurgery()
         self._homes: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
         copies: dict[int, Tensor] = {}
         for module in model.modules():
@@ -51,11 +44,10 @@ class ModelPicture:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put back objects, values, attributes of resized layers, and extra state."""
+        """Put back objects, values and extra state."""
         for store, key, tensor, value in self._homes:
             store[key] = tensor
             if not tensor.is_meta:
                 tensor.copy_(value)
-        self.applied.undo()
         if self._others:
             self.model.load_state_dict(self._others, strict=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_compressm import _plain
 from lightning_compressm.errors import SurgeryError
-from lightning_compressm.surgery.apply import AppliedSurgery, apply_plan
-from lightning_compressm.model.loading import resize_all_plan
+from lightning_compressm.model.resizing import resize_all_plan
+from lightning_compressm.surgery.apply import Replacement, apply_plan
 from lightning_compressm.surgery.optimizer import rebind_optimizers
 from lightning_compressm.surgery.plan import SurgeryPlan, TensorEdit
+from lightning_compressm.surgery.undo import all_or_nothing
 
 __all__ = ["Snapshot"]
 
@@ -31,14 +34,12 @@ class Snapshot:
         averages: the same as ``model`` for each averaged copy.
 
     Example:
-        >>> from lightning_compressm import compress
-        >>> from lightning_compressm.nn import LRU
-        >>> layer = LRU(1, 16)
+        >>> layer = nn.Linear(2, 2)
         >>> snapshot = Snapshot.take(layer)
-        >>> _ = compress(layer, state_dim=4)
-        >>> undo = snapshot.restore(layer)
-        >>> layer.d_state
-        16
+        >>> _ = nn.init.zeros_(layer.weight)
+        >>> snapshot.restore(layer)
+        >>> bool(layer.weight.any())
+        True
     """
 
     model: Mapping[str, Tensor]
@@ -63,39 +64,28 @@ class Snapshot:
         model: nn.Module,
         optimizers: Iterable[Optimizer] = (),
         averages: Iterable[nn.Module] = (),
-    ) -> Callable[[], None]:
+        undo: ExitStack | None = None,
+    ) -> None:
         """Bring all of it back, in the shapes of then; or leave everything as it is.
 
         Args:
             model: the one that the snapshot was taken of.
             optimizers: as many as then, in the same order.
             averages: as many as then, in the same order.
-
-        Returns:
-            A function that takes it back.
+            undo: is given what takes it back.
 
         Raises:
             SurgeryError: if models or optimizers are not those of the snapshot.
         """
         optimizers, averages = list(optimizers), list(averages)
         self._check(optimizers, averages)
-        undos: list[Callable[[], None]] = []
-
-        def undo() -> None:
-            while undos:
-                undos.pop()()
-
-        try:
-            applied = _restore_values(model, self.model, undos)
-            undos.append(rebind_optimizers(optimizers, applied, "reset"))
+        with all_or_nothing(undo) as steps:
+            replaced = _restore_values(model, self.model, steps)
+            rebind_optimizers(optimizers, replaced, "reset", steps)
             for optimizer, states in zip(optimizers, self.optimizers, strict=True):
                 _restore_states(optimizer, states)
             for average, values in zip(averages, self.averages, strict=True):
-                _restore_values(average, values, undos)
-        except BaseException:
-            undo()
-            raise
-        return undo
+                _restore_values(average, values, steps)
 
     def _check(self, optimizers: Sequence[Optimizer], averages: Sequence[nn.Module]) -> None:
         for what, now, then in (
@@ -117,9 +107,19 @@ class Snapshot:
         }
 
     @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> Snapshot:
-        """The inverse of :meth:`to_dict`."""
-        return Snapshot(data["model"], data["optimizers"], data["averages"])
+    def from_dict(data: object) -> Snapshot:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            TypeError: or ``KeyError``, if the data is damaged.
+        """
+        saved = _plain.mapping(data)
+        optimizers = [
+            {_plain.integer(i): _plain.mapping(state) for i, state in _plain.mapping(one).items()}
+            for one in saved["optimizers"]
+        ]
+        averages = [_plain.tensors(average) for average in saved["averages"]]
+        return Snapshot(_plain.tensors(saved["model"]), optimizers, averages)
 
 
 def _tensors(module: nn.Module, *, all_names: bool = False) -> dict[str, Tensor]:
@@ -155,8 +155,8 @@ def _kept(value: Any) -> Any:
 
 
 def _restore_values(
-    module: nn.Module, saved: Mapping[str, Tensor], undos: list[Callable[[], None]]
-) -> AppliedSurgery:
+    module: nn.Module, saved: Mapping[str, Tensor], steps: ExitStack
+) -> dict[str, Replacement]:
     """New objects where the shape is another one, new values elsewhere."""
     now = _tensors(module)
     if now.keys() != saved.keys():
@@ -173,15 +173,14 @@ def _restore_values(
     edits = {
         name: TensorEdit(every_name[name], edit.moments) for name, edit in resized.edits.items()
     }
-    applied = apply_plan(module, SurgeryPlan(edits, resized.attributes))
-    undos.append(applied.undo)
-    changed = {id(replacement.old) for replacement in applied.replaced.values()}
+    replaced = apply_plan(module, SurgeryPlan(edits, resized.attributes), steps)
+    changed = {id(replacement.old) for replacement in replaced.values()}
     with torch.no_grad():
         for name, tensor in now.items():
             if id(tensor) not in changed:
-                undos.append(_value_restorer(tensor, tensor.detach().clone()))
+                steps.callback(_value_restorer(tensor, tensor.detach().clone()))
                 tensor.copy_(saved[name])
-    return applied
+    return replaced
 
 
 def _value_restorer(tensor: Tensor, before: Tensor) -> Callable[[], None]:

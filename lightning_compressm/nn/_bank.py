@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_compressm.nn._two_level import full_precision
+from lightning_compressm.nn._autocast import full_precision
 
 __all__ = ["bank_chunk", "chunked_bank", "powers_by_doubling"]
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_compressm.nn._two_level import full_precision
+from lightning_compressm.nn._autocast import full_precision
 
 __all__ = ["state_space_dual"]
 

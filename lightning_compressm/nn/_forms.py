@@ -17,6 +17,8 @@ __all__ = ["Form", "form_for"]
 
 # Triton 3 is made for these and later ones.
 _CAPABILITY = (8, 0)
+# The one module of ours that is imported late: where Triton is not installed it can't be.
+_KERNEL = "lightning_compressm.nn._triton"
 
 
 class _Scan(Protocol):
@@ -61,7 +63,7 @@ def _kernel(device: torch.device) -> Form | None:
     if torch.cuda.get_device_capability(device) < _CAPABILITY:
         return None
     try:
-        form = _form("triton", importlib.import_module("lightning_compressm.nn._triton"))
+        form = _form("triton", importlib.import_module(_KERNEL))
         # Triton needs a C compiler and a matching driver, which show only when a kernel runs.
         _try_out(form, device)
     except Exception as error:

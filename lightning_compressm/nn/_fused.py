@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lightning_compressm.nn._autocast import full_precision
 from lightning_compressm.nn._chunked import best_chunk, chunked_diagonal
 from lightning_compressm.nn._forms import form_for
-from lightning_compressm.nn._two_level import full_precision, row_blocks
+from lightning_compressm.nn._row_blocks import row_blocks
 
 __all__ = ["fused_diagonal", "fused_lru"]
 

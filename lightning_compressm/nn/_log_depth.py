@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_compressm.nn._two_level import shifted_product, widest_complex
+from lightning_compressm.nn._adjoint import shifted_product
+from lightning_compressm.nn._two_level import widest_complex
 
 __all__ = ["adjoint_scan_", "powers_of", "scan_"]
 

@@ -45,10 +45,6 @@ class MambaBlock(nn.Module):
         d_model: inputs and outputs; there are twice as many channels inside.
         d_state: states N.
         normalise: root-mean-square norms of dt, B and C.
-
-    Example:
-        >>> MambaBlock(4, 8)(torch.zeros(2, 5, 4)).shape
-        torch.Size([2, 5, 4])
     """
 
     def __init__(self, d_model: int, d_state: int, normalise: bool = False) -> None:
@@ -86,12 +82,7 @@ class MambaBlock(nn.Module):
 
 
 class MultiHeadMambaBlock(nn.Module):
-    """A Mamba block whose heads have B and C of their own, as in Zamba (arXiv 2405.16712).
-
-    Example:
-        >>> MultiHeadMambaBlock(4, 8, heads=2)(torch.zeros(2, 5, 4)).shape
-        torch.Size([2, 5, 4])
-    """
+    """A Mamba block whose heads have B and C of their own, as in Zamba (arXiv 2405.16712)."""
 
     def __init__(self, d_model: int, d_state: int, heads: int) -> None:
         super().__init__()
@@ -127,12 +118,7 @@ class MultiHeadMambaBlock(nn.Module):
 
 
 class Mamba2Block(nn.Module):
-    """Dao & Gu (2024), arXiv 2405.21060, figure 6, with two groups of B and C.
-
-    Example:
-        >>> Mamba2Block(8, 4)(torch.zeros(2, 5, 8)).shape
-        torch.Size([2, 5, 8])
-    """
+    """Dao & Gu (2024), arXiv 2405.21060, figure 6, with two groups of B and C."""
 
     def __init__(self, d_model: int, d_state: int, heads: int = 4, groups: int = 2) -> None:
         super().__init__()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_compressm.nn._two_level import full_precision, row_blocks
+from lightning_compressm.nn._autocast import full_precision
+from lightning_compressm.nn._row_blocks import row_blocks
 
 __all__ = ["CHUNK", "selective_recurrence"]
 

@@ -22,10 +22,6 @@ def softplus(values: Tensor) -> Tensor:
 
     Source:
         The logarithm of 1 + e is that of the rounded sum, plus its rounding error over the sum.
-
-    Example:
-        >>> softplus(torch.tensor([-10.0, 0.0, 100.0]))
-        tensor([4.5399e-05, 6.9315e-01, 1.0000e+02])
     """
     if values.device.type != "cpu":
         return F.softplus(values)

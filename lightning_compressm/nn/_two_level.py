@@ -1,31 +1,17 @@
-"""The two-level scan itself: in place, without autograd, one cache-sized block at a time."""
+"""The two-level scan: in place, without autograd."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-__all__ = [
-    "adjoint_scan_",
-    "full_precision",
-    "powers_of",
-    "row_blocks",
-    "scan_",
-    "shifted_product",
-    "widest_complex",
-]
+from lightning_compressm.nn._adjoint import shifted_product
 
-# Measured with 16 to 384 states: whole batches take up to 2.5 times as long, because every pass
-# over the states then comes from memory. Several threads need longer passes to pay off.
-_CPU_BLOCK_BYTES = 4 << 20
-# Kernel launches dominate on accelerators, so blocks only bound the working memory there.
-_DEVICE_BLOCK_BYTES = 1 << 30
+__all__ = ["adjoint_scan_", "powers_of", "scan_"]
 
 
 @functools.cache
@@ -49,16 +35,6 @@ def widest_complex(device: torch.device) -> torch.dtype:
     """The complex type that powers are computed in."""
     # MPS has no float64.
     return torch.complex64 if device.type == "mps" else torch.complex128
-
-
-def row_blocks(rows: int, bytes_per_row: int, device: torch.device) -> list[slice]:
-    """Cut ``range(rows)`` into blocks whose states fit into the cache (at least one row each)."""
-    budget = _DEVICE_BLOCK_BYTES
-    if device.type == "cpu":
-        threads = torch.get_num_threads()
-        budget = _CPU_BLOCK_BYTES * (1 if threads == 1 else 2 * threads)
-    size = max(1, budget // max(1, bytes_per_row))
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
 def scan_(states: Tensor, powers: Tensor, *, reverse: bool = False) -> None:
@@ -99,19 +75,3 @@ def adjoint_scan_(adjoint: Tensor, states: Tensor, powers: Tensor) -> Tensor:
     """Scan ``adjoint`` in reverse and return its :func:`shifted_product` with ``states``."""
     scan_(adjoint, powers, reverse=True)
     return shifted_product(adjoint, states)
-
-
-def shifted_product(adjoint: Tensor, states: Tensor) -> Tensor:
-    r"""Return :math:`\sum_{m, k \ge 1} g_{m,k} x_{m,k-1}`, shape (N,), for (M, L, N) operands."""
-    return (adjoint[:, 1:] * states[:, :-1]).sum((0, 1))
-
-
-@contextlib.contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Switch autocast off: half precision would ruin a recurrence of hundreds of steps."""
-    kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        with torch.autocast(kind, enabled=False):
-            yield
-    else:
-        yield

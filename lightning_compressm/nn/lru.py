@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lightning_compressm.nn._autocast import full_precision
 from lightning_compressm.nn._checks import check_dtype, check_inputs, check_size, check_state
 from lightning_compressm.nn._fused import fused_lru
-from lightning_compressm.nn._two_level import full_precision
-from lightning_compressm.model.loading import resize_on_load
+from lightning_compressm.nn._resize import ResizableLayer
 
 __all__ = ["LRU"]
 
 
-class LRU(nn.Module):
+class LRU(ResizableLayer):
     r"""Linear Recurrent Unit: a diagonal complex linear system between real sequences.
 
     .. math::
@@ -62,6 +64,11 @@ class LRU(nn.Module):
         (torch.Size([2, 4]), torch.Size([2, 16]))
     """
 
+    state_axes: ClassVar[Mapping[str, int]] = {
+        **dict.fromkeys(("nu_log", "theta_log", "gamma_log", "B_re", "B_im"), 0),
+        **dict.fromkeys(("C_re", "C_im"), 1),
+    }
+
     def __init__(
         self,
         d_model: int,
@@ -86,7 +93,6 @@ class LRU(nn.Module):
         self.C_re, self.C_im = (parameter(d_model, d_state) for _ in range(2))
         self.D = parameter(d_model)
         self.reset_parameters()
-        self.register_load_state_dict_pre_hook(resize_on_load)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

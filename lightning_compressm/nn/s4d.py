@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from lightning_compressm.nn._autocast import full_precision
 from lightning_compressm.nn._bank import bank_chunk, chunked_bank, powers_by_doubling
 from lightning_compressm.nn._checks import (
     check_choice,
@@ -18,17 +19,17 @@ from lightning_compressm.nn._checks import (
     check_state,
     check_time_steps,
 )
+from lightning_compressm.nn._convolution import batched_product, causal_convolution
 from lightning_compressm.nn._discretize import DISCRETIZATIONS, Discretization, discretize
 from lightning_compressm.nn._hippo import hippo_normal
-from lightning_compressm.nn._two_level import full_precision
-from lightning_compressm.model.loading import resize_on_load
+from lightning_compressm.nn._resize import ResizableLayer
 
 __all__ = ["S4D"]
 
 Init = Literal["lin", "inv", "quad", "legs"]
 
 
-class S4D(nn.Module):
+class S4D(ResizableLayer):
     r"""Diagonal S4: every channel has a diagonal complex system of its own.
 
     .. math::
@@ -78,6 +79,8 @@ class S4D(nn.Module):
         (torch.Size([2, 4]), torch.Size([2, 4, 16]))
     """
 
+    state_axes: ClassVar[Mapping[str, int]] = {"log_A_real": 1, "A_imag": 1, "C": 1}
+
     def __init__(
         self,
         d_model: int,
@@ -109,7 +112,6 @@ class S4D(nn.Module):
         self.C = parameter(d_model, d_state, 2)
         self.D = parameter(d_model)
         self.reset_parameters()
-        self.register_load_state_dict_pre_hook(resize_on_load)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -171,7 +173,7 @@ class S4D(nn.Module):
             re, im, gain_re, gain_im = self._discrete()
             weights = self._read_out(gain_re, gain_im)
             return chunked_bank(chunk, u, (re, im), weights, self.D)
-        convolved: Tensor = _convolve(u, self._kernel(u.shape[1], u.dtype))
+        convolved: Tensor = causal_convolution(u, self._kernel(u.shape[1], u.dtype))
         return convolved + self.D.to(u.dtype) * u
 
     def step(self, inputs: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -241,47 +243,7 @@ class S4D(nn.Module):
         rows_im = weight_re * outer_im + weight_im * outer_re
         rows = torch.cat((rows_re, -rows_im), 1).mT.to(dtype)
         columns = torch.cat((inner_re, inner_im), 1).to(dtype)
-        product: Tensor = _Product.apply(rows, columns)
-        return product.flatten(1)[:, :length]
-
-
-class _Product(torch.autograd.Function):
-    """A batched matrix product whose backward pass autocast leaves alone, too."""
-
-    @staticmethod
-    def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
-        ctx.save_for_backward(left, right)
-        return left @ right
-
-    @staticmethod
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled step gets here too
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        left, right = ctx.saved_tensors
-        with full_precision(grad.device):
-            return grad @ right.mT, left.mT @ grad
-
-
-# torch.compile can't generate code for the complex numbers in here.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _convolve(inputs: Tensor, kernel: Tensor) -> Tensor:
-    """Causal convolution of (batch, L, H) with (H, L)."""
-    batch, length, _ = inputs.shape
-    if batch == 0:
-        return inputs * kernel.sum(1)  # FFT libraries refuse empty batches
-    size = _fast_size(2 * length - 1)
-    spectrum = torch.fft.rfft(inputs.mT.contiguous(), size) * torch.fft.rfft(kernel, size)
-    outputs: Tensor = torch.fft.irfft(spectrum, size)[..., :length].mT
-    return outputs
-
-
-def _fast_size(least: int) -> int:
-    """The smallest even product of 2, 3 and 5 that is not below ``least``."""
-    best = 1 << max(1, (least - 1).bit_length())
-    for odd in (3, 5, 9, 15, 25, 27, 45, 75):
-        size = odd * (1 << max(1, (-(-least // odd) - 1).bit_length()))
-        best = min(best, size)
-    return best
+        return batched_product(rows, columns).flatten(1)[:, :length]
 
 
 def _frequencies(init: str, states: int) -> Tensor:

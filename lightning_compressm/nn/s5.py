@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lightning_compressm.nn._autocast import full_precision
 from lightning_compressm.nn._checks import (
     check_choice,
     check_dtype,
@@ -18,13 +21,12 @@ from lightning_compressm.nn._checks import (
 from lightning_compressm.nn._discretize import DISCRETIZATIONS, Discretization, discretize
 from lightning_compressm.nn._fused import fused_diagonal
 from lightning_compressm.nn._hippo import hippo_normal
-from lightning_compressm.nn._two_level import full_precision
-from lightning_compressm.model.loading import resize_on_load
+from lightning_compressm.nn._resize import ResizableLayer
 
 __all__ = ["S5"]
 
 
-class S5(nn.Module):
+class S5(ResizableLayer):
     r"""Simplified structured state-space layer: a diagonal complex system in continuous time.
 
     .. math::
@@ -72,6 +74,11 @@ class S5(nn.Module):
         (torch.Size([2, 4]), torch.Size([2, 16]))
     """
 
+    state_axes: ClassVar[Mapping[str, int]] = {
+        **dict.fromkeys(("log_Lambda_re", "Lambda_im", "log_step", "B_re", "B_im"), 0),
+        **dict.fromkeys(("C_re", "C_im"), 1),
+    }
+
     def __init__(
         self,
         d_model: int,
@@ -104,7 +111,6 @@ class S5(nn.Module):
         self.C_re, self.C_im = (parameter(d_model, d_state) for _ in range(2))
         self.D = parameter(d_model)
         self.reset_parameters()
-        self.register_load_state_dict_pre_hook(resize_on_load)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_compressm.nn._forms import form_for
-from lightning_compressm.nn._two_level import row_blocks
+from lightning_compressm.nn._row_blocks import row_blocks
 
 __all__ = ["linear_recurrence"]
 

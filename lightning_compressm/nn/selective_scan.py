@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_compressm.nn._autocast import full_precision
 from lightning_compressm.nn._selective import selective_recurrence
 from lightning_compressm.nn._softplus import softplus
-from lightning_compressm.nn._two_level import full_precision
 
 __all__ = ["selective_scan"]
 

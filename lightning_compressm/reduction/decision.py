@@ -2,112 +2,185 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_compressm.reduction.analysis import Attempt, choose_order
-from lightning_compressm.model.layers import SSMLayer, refuse_irreplaceable, select_layers
-from lightning_compressm.errors import CompreSSMError
-from lightning_compressm.reduction.examination import Examination
+from lightning_compressm import _plain
+from lightning_compressm.control.hankel import to_device
+from lightning_compressm.errors import (
+    CompreSSMError,
+    IllConditionedError,
+    NonFiniteError,
+    UnstableSystemError,
+)
 from lightning_compressm.families import model_attributes
-from lightning_compressm.reduction.policy import ReductionPolicy
-from lightning_compressm.reduction.recorder import Context
+from lightning_compressm.model.layers import SSMLayer
+from lightning_compressm.reduction import linear, selective  # noqa: F401 (the kinds of layers)
+from lightning_compressm.reduction.analysis import Analysis, Cut, analyse
 from lightning_compressm.reduction.events import LayerEvent
+from lightning_compressm.reduction.failures import about
+from lightning_compressm.reduction.order import Order, choose_orders, level_orders
+from lightning_compressm.reduction.policy import ReductionPolicy
+from lightning_compressm.reduction.processes import Outcome, Processes
+from lightning_compressm.reduction.recorder import Seen
 from lightning_compressm.surgery.plan import SurgeryPlan
 
-__all__ = ["Proposal", "measure_spectra", "propose"]
+__all__ = ["Decision", "decide", "measure_spectra"]
+
+Layers = Mapping[str, SSMLayer]
+Twins = Mapping[SSMLayer, Sequence[SSMLayer]]
+"""Layers with tensors of their own, and for each the others that share all of them."""
 
 
 @dataclass(frozen=True, eq=False)
-class Proposal:
+class Decision:
     """A decided but not yet executed reduction of a model.
 
     Attributes:
         plan: the change, relative to the model; empty if nothing is to be done.
         events: one event for each layer that was looked at.
-        spectra: layer name -> HSVs of each state, descending.
+        spectra: layer name -> HSVs of each state, descending, on the CPU.
 
     Example:
-        >>> bool(Proposal(SurgeryPlan(), [], {}).plan)
+        >>> bool(Decision().plan)
         False
     """
 
-    plan: SurgeryPlan
-    events: list[LayerEvent]
-    spectra: Mapping[str, Tensor]
+    plan: SurgeryPlan = field(default_factory=SurgeryPlan)
+    events: Sequence[LayerEvent] = ()
+    spectra: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def of(
+        model: nn.Module, twins: Twins, cuts: Sequence[Cut], spectra: Mapping[str, Tensor]
+    ) -> Decision:
+        """What cuts of the layers come to, with all that follows them elsewhere in the model."""
+        plans: list[SurgeryPlan] = []
+        orders: dict[str, int] = {}
+        for (layer, others), cut in zip(twins.items(), cuts, strict=True):
+            orders[layer.path] = order = cut.event.new_state_dim
+            if cut.plan:
+                plans.append(cut.plan.prefixed(layer.path))
+                plans += (_twin_plan(other, order) for other in others)
+        if plans:
+            plans.append(SurgeryPlan({}, model_attributes(model, orders)))
+        return Decision(SurgeryPlan.merge(plans), [cut.event for cut in cuts], spectra)
+
+    def at(self, step: int, epoch: int) -> Decision:
+        """The same decision, its events dated."""
+        return replace(self, events=[replace(e, step=step, epoch=epoch) for e in self.events])
+
+    def skipped(self, reason: str) -> Decision:
+        """What is left of a decision that was not carried out."""
+        return Decision(events=[event.skipped(reason) for event in self.events])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, strings, numbers and CPU tensors (loads with ``weights_only=True``)."""
+        return {
+            "plan": self.plan.to_dict(),
+            "events": [event.to_dict() for event in self.events],
+            "spectra": {name: sigma.detach().cpu() for name, sigma in self.spectra.items()},
+        }
+
+    @staticmethod
+    def from_dict(data: object) -> Decision:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            TypeError: or ``KeyError`` or ``ValueError``, if the data is damaged.
+        """
+        saved = _plain.mapping(data)
+        events = [LayerEvent.from_dict(event) for event in _plain.items(saved["events"])]
+        if not events:
+            raise ValueError("expected a decision with events, got none")
+        spectra = _plain.tensors(saved["spectra"])
+        return Decision(SurgeryPlan.from_dict(saved["plan"]), events, spectra)
 
 
-def propose(
+def decide(
     model: nn.Module,
+    layers: Layers,
     policy: ReductionPolicy,
-    context: Context | None = None,
+    seen: Seen | None = None,
+    processes: Processes | None = None,
     *,
     seed: int = 0,
-) -> Proposal:
+) -> Decision:
     """Decide what to remove from which layer; changes nothing.
 
     A layer whose analysis fails for numerical reasons, or for want of memory on its device and on
     the CPU, is left as it is, with a warning; the others go on.
 
     Args:
-        model: any module with SSM layers.
+        model: the module with the layers.
+        layers: from :func:`~lightning_compressm.model.layers.select_layers`.
         policy: how much to remove.
-        context: what is known of the data: lengths for ``horizon="auto"``, calibration data.
+        seen: what is known of the data: lengths for ``horizon="auto"``, calibration data.
+        processes: those that decide together.
         seed: for random selections.
 
     Returns:
         The plan and one event for each layer.
 
     Raises:
-        UnsupportedLayerError: if there is no SSM layer to look at, or one that can't be replaced.
         NonFiniteError: if a layer's parameters hold NaN or infinity.
         UnstableSystemError: if a layer has an eigenvalue outside the open unit disc.
         CalibrationError: for a selective layer without calibration data.
 
     Example:
-        >>> import torch
+        >>> from lightning_compressm.model.layers import select_layers
         >>> from lightning_compressm.nn import LRU
-        >>> _ = torch.manual_seed(0)
-        >>> proposal = propose(LRU(1, 16), ReductionPolicy(state_dim=4))
-        >>> proposal.events[0].new_state_dim
+        >>> model = LRU(1, 16)
+        >>> decision = decide(model, select_layers(model), ReductionPolicy(state_dim=4))
+        >>> decision.events[0].new_state_dim
         4
     """
-    context = context or Context()
-    chosen = select_layers(model, policy.layers, policy.ignore)
-    refuse_irreplaceable(chosen.values())
-    layers, aliases = _split_aliases(chosen)
-    examined = _examine(layers, policy, context)
-    # Spectra are read before the attempts, after which a layer may have failed.
-    spectra = {e.layer.name: e.analysis.sigma.cpu() for e in examined if e.analysis is not None}
-    attempts = _reduce_layers(examined, policy, context, seed)
-    plans: list[SurgeryPlan] = []
-    events: list[LayerEvent] = []
-    for one, attempt in zip(examined, attempts, strict=True):
-        events.append(_event(one, attempt))
-        if attempt.plan is not None:
-            plans.append(attempt.plan.prefixed(one.layer.path))
-            plans += _alias_plans(one.layer, aliases, attempt.order)
-    orders = {e.layer.path: t.order for e, t in zip(examined, attempts, strict=True)}
-    shared = SurgeryPlan({}, model_attributes(model, orders)) if plans else SurgeryPlan()
-    return Proposal(SurgeryPlan.merge([*plans, shared]), events, spectra)
+    twins = _twins(layers.values())
+    own, processes = list(twins), processes or Processes()
+    work = _Work(own, policy, seen or Seen(), seed)
+    alike = {i: not layer.family.needs_data for i, layer in enumerate(own)}
+    looked = processes.map(work.look, alike, _told)
+    spectra = [None if one.value is None else one.value.sigma for one in looked.values()]
+    # Orders steer what is exchanged next, so rounding must not make them differ.
+    orders = processes.agree(choose_orders(own, spectra, policy))
+    cuts = {
+        i: _left_alone(layer, why)
+        for i, layer in enumerate(own)
+        if (why := looked[i].failure or orders[i].refused)
+    }
+    again = {i: alike[i] for i in alike if i not in cuts}
+    while again:
+        for i, outcome in processes.map(partial(work.cut, looked, orders), again).items():
+            cuts[i] = _result(own[i], outcome, looked[i])
+        reached = [cuts[i].event.new_state_dim for i in alike]
+        if policy.share_state_dim:
+            orders = level_orders(own, orders, reached)
+        again = {i: alike[i] for i in alike if orders[i].wanted > reached[i]}
+    known = {x.name: s for x, s in zip(own, spectra, strict=True) if s is not None}
+    return Decision.of(model, twins, [cuts[i] for i in alike], known)
 
 
 def measure_spectra(
-    model: nn.Module,
+    layers: Layers,
     policy: ReductionPolicy,
-    context: Context | None = None,
+    seen: Seen | None = None,
+    processes: Processes | None = None,
     *,
     leave_out: bool = False,
 ) -> dict[str, Tensor]:
     """The spectra that a reduction would be decided on.
 
     Args:
-        model: any module with SSM layers.
-        policy: which layers, balance and horizon.
-        context: what is known of the data.
+        layers: from :func:`~lightning_compressm.model.layers.select_layers`.
+        policy: balance and horizon.
+        seen: what is known of the data.
+        processes: those that look together.
         leave_out: leave out a layer that can't be analysed for numerical reasons or for want of
             memory, with a warning, instead of raising.
 
@@ -115,137 +188,113 @@ def measure_spectra(
         Layer name -> HSVs of each state, descending, on the layer's device.
 
     Raises:
-        UnsupportedLayerError: if the model has no SSM layer.
         CalibrationError: for a selective layer without calibration data.
         CompreSSMError: for unstable or non-finite layers.
 
     Example:
+        >>> from lightning_compressm.model.layers import find_ssm_layers
         >>> from lightning_compressm.nn import LRU
-        >>> measure_spectra(LRU(1, 16), ReductionPolicy(), Context(lengths={"": 50}))[""].shape
+        >>> seen = Seen(lengths={"": 50})
+        >>> measure_spectra(find_ssm_layers(LRU(1, 16)), ReductionPolicy(), seen)[""].shape
         torch.Size([16])
     """
-    context = context or Context()
+    own, processes = list(layers.values()), processes or Processes()
+    work = _Work(own, policy, seen or Seen(), spectrum_only=True)
+    alike = {i: not layer.family.needs_data for i, layer in enumerate(own)}
     spectra: dict[str, Tensor] = {}
-    layers = select_layers(model, policy.layers, policy.ignore).values()
-    for one in _examine(layers, policy, context, spectrum_only=True):
-        if one.sigma is not None:
-            spectra[one.layer.name] = one.sigma
-        elif not leave_out:
-            raise CompreSSMError(f"layer '{one.layer.name}' can't be analysed: {one.failure}")
+    for i, outcome in processes.map(work.look, alike, _told).items():
+        if outcome.value is not None:
+            spectra[own[i].name] = to_device(outcome.value.sigma, own[i].device)
+        elif leave_out:
+            _warn(own[i], outcome.failure)
+        else:
+            raise CompreSSMError(f"layer '{own[i].name}' can't be analysed: {outcome.failure}")
     return spectra
 
 
-def _examine(
-    layers: Iterable[SSMLayer],
-    policy: ReductionPolicy,
-    context: Context,
-    *,
-    spectrum_only: bool = False,
-) -> list[Examination]:
-    """Analyse all layers; the processes share linear ones out and work on theirs side by side."""
-    size = context.processes.size
-    examined = [
-        Examination(layer, policy, context, owner_of(index, size), spectrum_only=spectrum_only)
-        for index, layer in enumerate(layers)
-    ]
-    for one in examined:
-        one.prepare()
-    for one in examined:
-        one.analyse()
-    return examined
+@dataclass(frozen=True, eq=False)
+class _Look:
+    """What a look at one layer found; the analysis stays in the process that made it."""
+
+    sigma: Tensor
+    seconds: float
+    analysis: Analysis | None
 
 
-def owner_of(index: int, size: int) -> int:
-    """The process out of ``size`` that works on the layer number ``index``, if it is linear.
-
-    Example:
-        >>> [owner_of(index, 2) for index in range(3)]
-        [0, 1, 0]
-    """
-    return index % size
+def _told(look: _Look) -> _Look:
+    return replace(look, analysis=None)
 
 
-def _attempt_all(
-    examined: Sequence[Examination], orders: Sequence[int], seed: int
-) -> list[Attempt]:
-    for one, order in zip(examined, orders, strict=True):
-        one.prepare_attempt(order, seed=seed)
-    return [one.attempt(order, seed=seed) for one, order in zip(examined, orders, strict=True)]
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """The work on single layers, by their numbers."""
+
+    layers: Sequence[SSMLayer]
+    policy: ReductionPolicy
+    seen: Seen
+    seed: int = 0
+    spectrum_only: bool = False
+
+    def look(self, i: int, processes: Processes, on_cpu: bool) -> _Look:
+        start = time.perf_counter()
+        layer, seen = self.layers[i], self.seen
+        if on_cpu:
+            layer, seen = layer.on_cpu(), seen.on_cpu(layer.name)
+        with about(layer):
+            analysis = analyse(
+                layer, self.policy, seen, processes, spectrum_only=self.spectrum_only
+            )
+        return _Look(analysis.sigma.cpu(), time.perf_counter() - start, analysis)
+
+    def cut(
+        self,
+        looked: Mapping[int, Outcome[_Look]],
+        orders: Sequence[Order],
+        i: int,
+        processes: Processes,
+        on_cpu: bool,
+    ) -> Cut:
+        start, look = time.perf_counter(), looked[i].value
+        assert look is not None
+        analysis = self.look(i, processes, on_cpu).analysis if on_cpu else look.analysis
+        assert analysis is not None
+        with about(self.layers[i]):
+            try:
+                cut = analysis.cut(orders[i], self.policy, self.seed)
+            except (NonFiniteError, UnstableSystemError) as error:
+                # The layer itself was found to be finite and stable: this is about its reduction.
+                raise IllConditionedError(str(error)) from error
+        seconds = look.seconds + time.perf_counter() - start
+        return replace(cut, event=replace(cut.event, seconds=seconds))
 
 
-def _reduce_layers(
-    examined: Sequence[Examination], policy: ReductionPolicy, context: Context, seed: int
-) -> list[Attempt]:
-    # Orders steer what is exchanged next, so rounding must not make them differ.
-    orders = context.processes.agree([_first_order(one, policy) for one in examined])
-    attempts = _attempt_all(examined, orders, seed)
-    if not policy.share_state_dim:
-        return attempts
-    # An attempt may need more states than asked for; then its whole family gets them, as far as a
-    # layer has so many. Dimensions only rise, so there is an end.
-    present = [one.layer.state_dim for one in examined]
-    for _ in range(sum(present) + 1):
-        needed: dict[str, int] = defaultdict(int)
-        for one, attempt in zip(examined, attempts, strict=True):
-            name = one.layer.family.name
-            needed[name] = max(needed[name], attempt.order)
-        wanted = [
-            min(needed[e.layer.family.name], n) for e, n in zip(examined, present, strict=True)
-        ]
-        if all(attempt.order == n for attempt, n in zip(attempts, wanted, strict=True)):
-            return attempts
-        again = [i for i, n in enumerate(wanted) if attempts[i].order != n]
-        others = _attempt_all([examined[i] for i in again], [wanted[i] for i in again], seed)
-        for i, other in zip(again, others, strict=True):
-            attempts[i] = other
-    raise AssertionError("raising dimensions must end at the present ones")
+def _result(layer: SSMLayer, outcome: Outcome[Cut], looked: Outcome[_Look]) -> Cut:
+    """A cut with all that is to be said of it, or none where it failed."""
+    if outcome.value is None:
+        return _left_alone(layer, outcome.failure)
+    event = outcome.value.event
+    reason = "; ".join(filter(None, [event.reason, looked.note, outcome.note]))
+    return replace(outcome.value, event=replace(event, reason=reason))
 
 
-def _first_order(one: Examination, policy: ReductionPolicy) -> int:
-    return one.layer.state_dim if one.analysis is None else choose_order(one.analysis, policy)
+def _left_alone(layer: SSMLayer, why: str) -> Cut:
+    _warn(layer, why)
+    return Cut(LayerEvent.skip(layer, reason=why))
 
 
-def _event(one: Examination, attempt: Attempt) -> LayerEvent:
-    layer = one.layer
-    return LayerEvent(
-        layer=layer.name,
-        family=layer.family.name,
-        action="skip" if attempt.plan is None else "reduce",
-        old_state_dim=layer.state_dim,
-        new_state_dim=attempt.order,
-        energy_kept=attempt.energy_kept,
-        error_bound=attempt.error_bound,
-        output_error=attempt.output_error,
-        seconds=one.seconds + attempt.seconds,
-        reason=attempt.note,
-        balance=attempt.balance,
-        horizon=attempt.horizon,
-    )
+def _warn(layer: SSMLayer, why: str) -> None:
+    message = f"layer '{layer.name}' ({layer.family.name}) is left as it is: {why}"
+    warnings.warn(message, stacklevel=4)
 
 
-def _tensor_ids(layer: SSMLayer) -> frozenset[int]:
-    tensors = dict(layer.module.named_parameters()) | dict(layer.module.named_buffers())
-    return frozenset(id(tensors[name]) for name in layer.family.state_axes(layer.module))
+def _twins(layers: Iterable[SSMLayer]) -> Twins:
+    found: dict[frozenset[int], list[SSMLayer]] = {}
+    for layer in layers:
+        found.setdefault(layer.tensor_ids, []).append(layer)
+    return {first: others for first, *others in found.values()}
 
 
-def _split_aliases(
-    layers: Mapping[str, SSMLayer],
-) -> tuple[list[SSMLayer], dict[frozenset[int], list[SSMLayer]]]:
-    """Layers with tensors of their own, and for each its twins that share all of them."""
-    first: dict[frozenset[int], SSMLayer] = {}
-    aliases: dict[frozenset[int], list[SSMLayer]] = defaultdict(list)
-    for layer in layers.values():
-        key = _tensor_ids(layer)
-        if key in first:
-            aliases[key].append(layer)
-        else:
-            first[key] = layer
-    return list(first.values()), aliases
-
-
-def _alias_plans(
-    layer: SSMLayer, aliases: Mapping[frozenset[int], list[SSMLayer]], order: int
-) -> Iterator[SurgeryPlan]:
-    for alias in aliases.get(_tensor_ids(layer), ()):
-        attributes = alias.family.attributes(alias.module, order)
-        yield SurgeryPlan({}, attributes).prefixed(alias.path)
+def _twin_plan(layer: SSMLayer, order: int) -> SurgeryPlan:
+    """What is left to do for a layer whose tensors are another one's."""
+    attributes = layer.family.attributes(layer.module, order)
+    return SurgeryPlan({}, attributes).prefixed(layer.path)

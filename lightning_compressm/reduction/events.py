@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
+from lightning_compressm import _plain
+from lightning_compressm.model.layers import SSMLayer
+from lightning_compressm.plot import plot_spectra
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -57,9 +61,21 @@ class LayerEvent:
     step: int = 0
     epoch: int = 0
 
-    def at(self, step: int, epoch: int) -> LayerEvent:
-        """The same event, dated."""
-        return replace(self, step=step, epoch=epoch)
+    @classmethod
+    def reduce(cls, layer: SSMLayer, new_state_dim: int, **facts: Any) -> LayerEvent:
+        """A cut of a layer; ``facts`` are further attributes."""
+        return cls(
+            layer=layer.name,
+            family=layer.family.name,
+            old_state_dim=layer.state_dim,
+            new_state_dim=new_state_dim,
+            **facts,
+        )
+
+    @classmethod
+    def skip(cls, layer: SSMLayer, **facts: Any) -> LayerEvent:
+        """A layer that stays as it is; ``facts`` are further attributes."""
+        return cls.reduce(layer, layer.state_dim, action="skip", **facts)
 
     def skipped(self, reason: str) -> LayerEvent:
         """The same event for a reduction that was not carried out; skips keep their own reason."""
@@ -78,6 +94,25 @@ class LayerEvent:
     def to_dict(self) -> dict[str, Any]:
         """Plain types only."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: object) -> LayerEvent:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            TypeError: if the data is damaged.
+        """
+        event = cls(**_plain.mapping(data))
+        for words in (event.layer, event.family, event.action, event.reason, event.balance):
+            _plain.text(words)
+        for whole in (event.old_state_dim, event.new_state_dim, event.step, event.epoch):
+            _plain.integer(whole)
+        for value in (event.energy_kept, event.seconds):
+            _plain.number(value)
+        for optional in (event.error_bound, event.output_error, event.horizon):
+            if optional is not None:
+                _plain.number(optional)
+        return event
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,8 +145,6 @@ class CompressionReport:
         Raises:
             ImportError: without matplotlib (the ``plot`` extra).
         """
-        from lightning_compressm.plot import plot_spectra
-
         kept = {event.layer: event.new_state_dim for event in self.events}
         return plot_spectra(self.spectra, kept)
 

@@ -1,4 +1,4 @@
-"""What went wrong while a layer was analysed, and how far it reaches.
+"""What went wrong while a layer was looked at, how far it reaches, and what is done about it.
 
 Some failures say something about one layer only: then that layer stays as it is, and training goes
 on. Others say that the model, the program or another process is broken: then the run has to stop.
@@ -13,19 +13,15 @@ from enum import IntEnum
 import torch
 
 from lightning_compressm.errors import CompreSSMError, IllConditionedError
+from lightning_compressm.model.layers import SSMLayer
 
-__all__ = ["LinAlgError", "Reach", "TroubleError", "describe", "numerics", "reach_of"]
+__all__ = ["LinAlgError", "Reach", "TroubleError", "about", "describe", "numerics", "reach_of"]
 
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 
 class Reach(IntEnum):
-    """How far a failure reaches, worst last: processes go by the worst that one of them met.
-
-    Example:
-        >>> max(Reach.NONE, Reach.LAYER).name
-        'LAYER'
-    """
+    """How far a failure reaches, worst last: processes go by the worst that one of them met."""
 
     NONE = 0
     DEVICE = 1  # out of memory: once more on the CPU
@@ -39,10 +35,6 @@ class TroubleError(Exception):
     Attributes:
         reach: ``DEVICE`` or ``LAYER``.
         reason: what happened, for people.
-
-    Example:
-        >>> TroubleError(Reach.LAYER, "no convergence").reason
-        'no convergence'
     """
 
     def __init__(self, reach: Reach, reason: str) -> None:
@@ -70,14 +62,26 @@ def reach_of(error: Exception) -> Reach:
 
 
 def describe(error: BaseException) -> str:
-    """Type and first line of an exception.
+    """Type, first line and notes of an exception.
 
     Example:
         >>> describe(ValueError("too small"))
         'ValueError: too small'
     """
     lines = str(error).strip().splitlines()
-    return ": ".join([type(error).__name__, *lines[:1]])
+    said = ": ".join([type(error).__name__, *lines[:1]])
+    notes = ", ".join(getattr(error, "__notes__", ()))
+    return f"{said} ({notes})" if notes else said
+
+
+@contextmanager
+def about(layer: SSMLayer) -> Iterator[None]:
+    """Errors from here say which layer they are about."""
+    try:
+        yield
+    except (CompreSSMError, ValueError) as error:
+        error.add_note(f"layer '{layer.name}' ({layer.family.name})")
+        raise
 
 
 @contextmanager

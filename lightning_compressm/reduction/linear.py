@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 
-from lightning_compressm.reduction.analysis import Attempt, LayerAnalysis, naming
 from lightning_compressm.control import DiagonalLTI, Reduction, per_state_energy
 from lightning_compressm.control.hankel import Factors, factorise, to_device
 from lightning_compressm.control.truncation import truncate
-from lightning_compressm.model.layers import SSMLayer
 from lightning_compressm.families import Family
-from lightning_compressm.reduction.policy import Balance, BalanceChoice, HorizonChoice, ReductionPolicy
+from lightning_compressm.model.layers import SSMLayer
+from lightning_compressm.reduction.analysis import Analysis, Cut, analyses
+from lightning_compressm.reduction.events import LayerEvent
 from lightning_compressm.reduction.failures import numerics
+from lightning_compressm.reduction.order import Order
+from lightning_compressm.reduction.policy import (
+    Balance,
+    BalanceChoice,
+    HorizonChoice,
+    ReductionPolicy,
+)
+from lightning_compressm.reduction.processes import Processes
+from lightning_compressm.reduction.recorder import Seen
 
 __all__ = ["LinearAnalysis", "analyse_linear", "resolve_balance"]
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class LinearAnalysis(LayerAnalysis):
+@dataclass(frozen=True, eq=False)
+class LinearAnalysis(Analysis):
     """A linear layer with its system.
 
     Attributes:
@@ -32,48 +39,34 @@ class LinearAnalysis(LayerAnalysis):
     family: Family
     factors: Factors = field(repr=False)
 
-    def attempt(self, order: int, policy: ReductionPolicy, seed: int) -> Attempt:
-        """Reduce to ``order``, or to the next higher order that keeps the promised energy."""
-        start = time.perf_counter()
-        with torch.no_grad(), naming(self.layer), numerics():
+    @torch.no_grad()
+    def cut(self, order: Order, policy: ReductionPolicy, seed: int) -> Cut:
+        """Truncate to the order, or to the next higher one that keeps the promised energy."""
+        with numerics():
             reduction = self._reduce_within(order, policy, seed)
         if reduction is None:
-            return self._refusal(self.needed(order))
-        return self._attempt(reduction, time.perf_counter() - start)
-
-    def _refusal(self, note: str) -> Attempt:
-        return Attempt(
-            plan=None,
-            order=self.layer.state_dim,
-            note=note,
-            balance=self.factors.balance,
-            horizon=self.factors.horizon,
-        )
-
-    def _attempt(self, reduction: Reduction, seconds: float) -> Attempt:
-        with torch.no_grad():
-            plan = self.family.reduction_plan(self.layer.module, reduction)
+            used = {"balance": self.factors.balance, "horizon": self.factors.horizon}
+            return Cut(LayerEvent.skip(self.layer, reason=order.needed(), **used))
         kept, total = _energies(reduction)
-        return Attempt(
-            plan=plan,
-            order=reduction.order,
+        event = LayerEvent.reduce(
+            self.layer,
+            reduction.order,
             energy_kept=kept / total if total else 1.0,
             # A bank is block-diagonal: its gain is the largest of its systems'.
             error_bound=None if reduction.bound is None else float(reduction.bound.max()),
             balance=reduction.balance,
             horizon=reduction.horizon,
-            seconds=seconds,
         )
+        return Cut(event, self.family.reduction_plan(self.layer.module, reduction))
 
-    def _reduce_within(self, order: int, policy: ReductionPolicy, seed: int) -> Reduction | None:
-        """The reduction to ``order``, or to the next higher one that keeps the promised energy.
+    def _reduce_within(self, order: Order, policy: ReductionPolicy, seed: int) -> Reduction | None:
+        """The reduction to the order, or to the next higher one that keeps the promised energy.
 
         A complex state holds two real ones only if its poles come as a conjugate pair, so a system
         with real poles may need more states than its spectrum says. ``None`` if too few states go.
         """
-        largest = self.largest_order(policy)
         promised = 0.0 if policy.tolerance is None else 1 - policy.tolerance
-        for candidate in range(order, largest + 1, policy.round_to):
+        for candidate in range(order.wanted, order.most + 1, order.step):
             reduction = self._reduce(candidate, policy, seed)
             kept, total = _energies(reduction)
             # A spectrum of another horizon, and the ablations, promise nothing.
@@ -87,42 +80,36 @@ class LinearAnalysis(LayerAnalysis):
         return truncate(self.factors, order, selection=policy.selection, generator=generator)
 
 
+@analyses(Family)
+@torch.no_grad()
 def analyse_linear(
     layer: SSMLayer,
-    family: Family,
     policy: ReductionPolicy,
-    lengths: Mapping[str, int],
-    *,
+    seen: Seen,
+    processes: Processes,
     spectrum_only: bool = False,
 ) -> LinearAnalysis:
     """Read a layer's system and compute its HSVs.
 
-    With ``spectrum_only`` no reduction is expected to follow: then the singular vectors are left
-    for later, which is faster for the spectrum but slower for both.
+    With ``spectrum_only`` no cut is expected to follow: then the singular vectors are left for
+    later, which is faster for the spectrum but slower for both.
 
     Raises:
         NonFiniteError: if its parameters hold NaN or infinity.
         UnstableSystemError: if an eigenvalue lies outside the open unit disc.
     """
-    start = time.perf_counter()
-    with torch.no_grad(), naming(layer):
-        system = family.system(layer.module)
-        system.check()
-        balance = resolve_balance(policy.balance, system, trained_on=policy.trained_on)
-        horizon = _resolve_horizon(policy.horizon, lengths.get(layer.name))
-        with numerics():
-            factors = factorise(system, balance, horizon)
-            if not spectrum_only and (policy.state_dim or 0) < system.order:
-                _ = factors.balancing  # gives the spectrum as well, so that it isn't computed twice
-            energy = per_state_energy(to_device(factors.sigma, system.eigenvalues.device), balance)
-    seconds = time.perf_counter() - start
-    return LinearAnalysis(
-        layer,
-        energy,
-        seconds,
-        family=family,
-        factors=factors,
-    )
+    family = layer.family
+    assert isinstance(family, Family)
+    system = family.system(layer.module)
+    system.check()
+    balance = resolve_balance(policy.balance, system, trained_on=policy.trained_on)
+    horizon = _resolve_horizon(policy.horizon, seen.lengths.get(layer.name))
+    with numerics():
+        factors = factorise(system, balance, horizon)
+        if not spectrum_only and (policy.state_dim or 0) < system.order:
+            _ = factors.balancing  # gives the spectrum as well, so that it isn't computed twice
+        energy = per_state_energy(to_device(factors.sigma, system.eigenvalues.device), balance)
+    return LinearAnalysis(layer, energy, family, factors)
 
 
 def resolve_balance(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_compressm.reduction.recorder import Processes
+from lightning_compressm.reduction.processes import Processes
 
 __all__ = ["fit_output", "output_error"]
 

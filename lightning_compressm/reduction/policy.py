@@ -6,6 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from lightning_compressm._rules import (
+    COUNT,
+    FLAG,
+    LIMIT,
+    PATTERNS,
+    POSITIVE_SHARE,
+    SHARE,
+    Rule,
+    one_of,
+    optional,
+)
 from lightning_compressm.control.criteria import CRITERIA
 
 __all__ = ["Balance", "BalanceChoice", "HorizonChoice", "ReductionPolicy", "Selection"]
@@ -17,6 +28,27 @@ Selection = Literal["largest", "smallest", "random"]
 
 DEFAULT_TOLERANCE = 0.05
 DEFAULT_OUTPUT_ERROR = 0.5
+
+_HORIZON = Rule(
+    "an integer >= 1, 'auto' or None", lambda v: v is None or v == "auto" or COUNT.accepts(v)
+)
+_RULES = {
+    "tolerance": optional(SHARE),
+    "fraction": optional(POSITIVE_SHARE),
+    "state_dim": optional(COUNT),
+    "min_reduction": SHARE,
+    "min_state_dim": COUNT,
+    "round_to": COUNT,
+    "share_state_dim": FLAG,
+    "layers": optional(PATTERNS),
+    "ignore": optional(PATTERNS),
+    "balance": one_of(*get_args(BalanceChoice)),
+    "horizon": _HORIZON,
+    "selection": one_of(*get_args(Selection)),
+    "refit": FLAG,
+    "max_output_error": optional(LIMIT),
+    "trained_on": FLAG,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,119 +125,12 @@ and fraction=0.5. Keep the one that you mean.
             )
         if not given:
             object.__setattr__(self, "tolerance", DEFAULT_TOLERANCE)
-        check_share("tolerance", self.tolerance)
-        check_share("fraction", self.fraction, zero=False)
-        check_share("min_reduction", self.min_reduction)
+        for name, rule in _RULES.items():
+            rule.check(name, getattr(self, name))
+        one_of("auto", *CRITERIA).check("criterion", self.criterion)
         if self.fraction is not None and self.fraction < self.min_reduction:
             raise ValueError(
                 f"fraction={self.fraction} drops less at a time than min_reduction="
                 f"{self.min_reduction} asks for, so nothing would ever be reduced. Raise "
                 "`fraction`, or lower `min_reduction`."
             )
-        for name in ("state_dim", "min_state_dim", "round_to"):
-            check_count(name, getattr(self, name), optional=name == "state_dim")
-        check_patterns("layers", self.layers)
-        check_patterns("ignore", self.ignore)
-        check_choice("balance", self.balance, get_args(BalanceChoice))
-        check_choice("selection", self.selection, get_args(Selection))
-        check_choice("criterion", self.criterion, ("auto", *CRITERIA))
-        check_limit("max_output_error", self.max_output_error)
-        check_flag("share_state_dim", self.share_state_dim)
-        check_flag("refit", self.refit)
-        check_flag("trained_on", self.trained_on)
-        if isinstance(self.horizon, str):
-            check_choice("horizon", self.horizon, ("auto",))
-        else:
-            check_count("horizon", self.horizon, optional=True)
-
-
-def check_share(name: str, value: object, *, zero: bool = True) -> None:
-    """Raise unless ``value`` is None or a number in [0, 1) (or (0, 1) without ``zero``).
-
-    Example:
-        >>> check_share("tolerance", 0.05)
-    """
-    if value is None:
-        return
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not (0 <= value < 1) or (value == 0 and not zero):  # type: ignore[operator]
-        bounds = "[0, 1)" if zero else "(0, 1)"
-        raise ValueError(f"{name}: expected a share in {bounds}, got {value!r}.")
-
-
-def check_count(name: str, value: object, *, optional: bool = False, least: int = 1) -> None:
-    """Raise unless ``value`` is an int of at least ``least`` (or None, if optional).
-
-    Example:
-        >>> check_count("round_to", 8)
-    """
-    if value is None and optional:
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}.")
-
-
-def check_limit(name: str, value: object) -> None:
-    """Raise unless ``value`` is None or a number > 0.
-
-    Example:
-        >>> check_limit("max_output_error", 0.5)
-    """
-    if value is None:
-        return
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-        raise ValueError(f"{name}: expected a number > 0 or None, got {value!r}.")
-
-
-def check_amount(name: str, value: object) -> None:
-    """Raise unless ``value`` is a number >= 0.
-
-    Example:
-        >>> check_amount("max_degradation", 0.02)
-    """
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
-        raise ValueError(f"{name}: expected a number >= 0, got {value!r}.")
-
-
-def check_text(name: str, value: object) -> None:
-    """Raise unless ``value`` is None or text that is not empty.
-
-    Example:
-        >>> check_text("monitor", "val_loss")
-    """
-    if value is not None and not (isinstance(value, str) and value):
-        raise ValueError(f"{name}: expected text or None, got {value!r}.")
-
-
-def check_flag(name: str, value: object) -> None:
-    """Raise unless ``value`` is True or False.
-
-    Example:
-        >>> check_flag("refit", True)
-    """
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}: expected True or False, got {value!r}.")
-
-
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Raise unless ``value`` is one of ``choices``.
-
-    Example:
-        >>> check_choice("mode", "min", ("min", "max"))
-    """
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}; got {value!r}.")
-
-
-def check_patterns(name: str, value: object) -> None:
-    """Raise unless ``value`` is None or a list of strings.
-
-    Example:
-        >>> check_patterns("layers", ["encoder.*"])
-    """
-    if value is None:
-        return
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise ValueError(f"{name}: expected a list of glob patterns, got {value!r}.")
-    if not all(isinstance(pattern, str) for pattern in value):
-        raise ValueError(f"{name}: expected strings as patterns, got {value!r}.")

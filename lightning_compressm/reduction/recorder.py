@@ -1,87 +1,39 @@
-"""What is seen of the data: lengths of sequences, inputs of selective layers, other processes."""
+"""What the layers see: lengths of sequences, and inputs for the layers that need data."""
 
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_compressm.model.layers import SSMLayer
-from lightning_compressm.families import SelectiveFamily
-from lightning_compressm.reduction.failures import Reach, TroubleError, describe, reach_of
 
-__all__ = ["CallRecorder", "Context", "Processes"]
-
-T = TypeVar("T")
-
-
-class Processes:
-    """The processes that decide together; this one stands for a process on its own.
-
-    Attributes:
-        rank: number of this process.
-        size: how many there are.
-
-    Example:
-        >>> Processes().agree(3)
-        3
-    """
-
-    rank: int = 0
-    size: int = 1
-
-    def add_up(self, total: Tensor) -> Tensor:
-        """The sum of a tensor over all processes."""
-        return total
-
-    def agree(self, value: T) -> T:
-        """The value that the first process has."""
-        return self.give(value, 0)
-
-    def give(self, value: T, owner: int) -> T:
-        """The value that the process number ``owner`` has."""
-        return value
-
-    def together(self, work: Callable[[], T]) -> T:
-        """Do something on all processes: it succeeds on all of them, or on none.
-
-        Args:
-            work: may exchange, and may contain further work of this kind.
-
-        Raises:
-            TroubleError: on all processes, if one met trouble that concerns one layer only.
-            Exception: whatever else ``work`` raised; other processes raise as well.
-        """
-        try:
-            return work()
-        except Exception as error:
-            reach = reach_of(error)
-            if reach is Reach.RUN:
-                raise
-            raise TroubleError(reach, describe(error)) from error
+__all__ = ["CallRecorder", "Seen"]
 
 
 @dataclass(frozen=True)
-class Context:
-    """What an analysis may know of the data.
+class Seen:
+    """What is known of the data that goes through the layers.
 
     Attributes:
         lengths: layer name -> longest sequence that it processes, in steps.
-        inputs: name of a selective layer -> its inputs in the calibration batches.
-        processes: those that hold other parts of the calibration data.
+        inputs: name of a layer that needs data -> its inputs in the calibration batches.
 
     Example:
-        >>> Context(lengths={"lru": 64}).lengths["lru"]
+        >>> Seen(lengths={"lru": 64}).lengths["lru"]
         64
     """
 
     lengths: Mapping[str, int] = field(default_factory=dict)
     inputs: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
-    processes: Processes = field(default_factory=Processes)
+
+    def on_cpu(self, name: str) -> Seen:
+        """The same for one layer, its inputs on the CPU."""
+        return Seen(self.lengths, {name: [x.cpu() for x in self.inputs.get(name, ())]})
 
 
 class CallRecorder:
@@ -89,11 +41,11 @@ class CallRecorder:
 
     Args:
         layers: to listen to.
-        batches: how many calls of each selective layer to keep the inputs of; the latest ones.
+        batches: how many calls of each layer that needs data to keep the inputs of; the latest.
 
     Attributes:
         lengths: layer name -> longest sequence in steps.
-        inputs: name of a selective layer -> its latest inputs, detached.
+        inputs: name of a layer that needs data -> its latest inputs, detached.
 
     Example:
         >>> import torch
@@ -114,6 +66,11 @@ class CallRecorder:
             for layer in layers.values()
         ]
 
+    @property
+    def seen(self) -> Seen:
+        """All that was recorded."""
+        return Seen(self.lengths, self.inputs)
+
     def close(self) -> None:
         """Detach from all layers."""
         while self._handles:
@@ -132,9 +89,8 @@ class CallRecorder:
             length = layer.family.sequence_length(args, kwargs)
             if length is not None:
                 self.lengths[layer.name] = max(length, self.lengths.get(layer.name, 0))
-            if isinstance(layer.family, SelectiveFamily):
-                inputs = layer.family.inputs(args, kwargs)
-                if inputs is not None:
-                    self.inputs[layer.name].append(inputs.detach())
+            inputs = layer.family.inputs(args, kwargs) if layer.family.needs_data else None
+            if inputs is not None:
+                self.inputs[layer.name].append(inputs.detach())
 
         return record

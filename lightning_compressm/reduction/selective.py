@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -11,7 +10,6 @@ from functools import cached_property, reduce
 import torch
 from torch import Tensor, nn
 
-from lightning_compressm.reduction.analysis import Attempt, LayerAnalysis, naming
 from lightning_compressm.control.calibration import (
     SelectiveSignals,
     SelectiveStatistics,
@@ -19,17 +17,21 @@ from lightning_compressm.control.calibration import (
 )
 from lightning_compressm.control.criteria import rank_states
 from lightning_compressm.control.readout import refit_readout
-from lightning_compressm.model.layers import SSMLayer
 from lightning_compressm.errors import CalibrationError
 from lightning_compressm.families import SelectiveFamily
 from lightning_compressm.families._base import tensor_of
 from lightning_compressm.families._selective import READOUT, SHIFT
+from lightning_compressm.model.layers import SSMLayer
+from lightning_compressm.reduction.analysis import Analysis, Cut, analyses
+from lightning_compressm.reduction.events import LayerEvent
+from lightning_compressm.reduction.failures import numerics
+from lightning_compressm.reduction.order import Order
 from lightning_compressm.reduction.output_fit import fit_output, output_error
 from lightning_compressm.reduction.policy import ReductionPolicy
-from lightning_compressm.reduction.recorder import Context, Processes
+from lightning_compressm.reduction.processes import Processes
+from lightning_compressm.reduction.recorder import Seen
 from lightning_compressm.surgery.apply import apply_plan
 from lightning_compressm.surgery.plan import SurgeryPlan, TensorEdit
-from lightning_compressm.reduction.failures import numerics
 
 __all__ = ["SelectiveAnalysis", "analyse_selective"]
 
@@ -38,8 +40,8 @@ MAX_TOKENS = 16384  # steps of calibration data that a layer is analysed on, for
 _RETRIES = 3
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class SelectiveAnalysis(LayerAnalysis):
+@dataclass(frozen=True, eq=False)
+class SelectiveAnalysis(Analysis):
     """A selective layer with the statistics of its calibration data.
 
     Attributes:
@@ -62,41 +64,34 @@ class SelectiveAnalysis(LayerAnalysis):
         with torch.no_grad():
             return [self.family.run(self.original, inputs) for inputs in self.inputs]
 
-    def attempt(self, order: int, policy: ReductionPolicy, seed: int) -> Attempt:
-        """Cut to ``order`` states, or to more where the layer's output would change too much."""
-        start = time.perf_counter()
-        n = self.layer.state_dim
-        largest = self.largest_order(policy)
+    def cut(self, order: Order, policy: ReductionPolicy, seed: int) -> Cut:
+        """Cut to the order, or to more states where the layer's output would change too much."""
         criterion = _resolve_criterion(policy)
-        if order > largest:
-            return _refusal(n, criterion, self.needed(order))
-        with naming(self.layer):
-            ranking = self._rank(criterion, seed)
-            for tried in _orders(order, largest, policy.round_to):
-                plan, error = self._cut(ranking[:, :tried].sort(dim=-1).values, policy)
-                if policy.max_output_error is None or error <= policy.max_output_error:
-                    break
-            else:
-                return _refusal(
-                    n,
-                    criterion,
-                    f"even with {tried} states the output changes by {error:.0%}, more than "
-                    f"max_output_error = {policy.max_output_error:.0%}",
-                )
-        note = (
-            ""
-            if tried == order
-            else (f"{order} states change the output by more than {policy.max_output_error:.0%}")
-        )
+        limit = float("inf") if policy.max_output_error is None else policy.max_output_error
+        reason = order.needed()
+        ranking = self._rank(criterion, seed) if order.wanted <= order.most else None
+        for tried in _tries(order):
+            assert ranking is not None
+            plan, error = self._selected(ranking[:, :tried].sort(dim=-1).values, policy)
+            if error <= limit:
+                note = f"{order.wanted} states change the output by more than {limit:.0%}"
+                event = self._event(tried, error, criterion, note if tried != order.wanted else "")
+                return Cut(event, plan)
+            reason = (
+                f"even with {tried} states the output changes by {error:.0%}, more than "
+                f"max_output_error = {limit:.0%}"
+            )
+        return Cut(LayerEvent.skip(self.layer, reason=reason, balance=criterion))
+
+    def _event(self, order: int, error: float, criterion: str, note: str) -> LayerEvent:
         total = float(self.sigma.sum())
-        return Attempt(
-            plan=plan,
-            order=tried,
-            energy_kept=float(self.sigma[:tried].sum()) / total if total else 1.0,
+        return LayerEvent.reduce(
+            self.layer,
+            order,
+            energy_kept=float(self.sigma[:order].sum()) / total if total else 1.0,
             output_error=error,
-            note=note,
+            reason=note,
             balance=criterion,
-            seconds=time.perf_counter() - start,
         )
 
     def _rank(self, criterion: str, seed: int) -> Tensor:
@@ -105,7 +100,7 @@ class SelectiveAnalysis(LayerAnalysis):
             ranking = rank_states(self.statistics, criterion, generator)
         return self.processes.agree(ranking.cpu())
 
-    def _cut(self, keep: Tensor, policy: ReductionPolicy) -> tuple[SurgeryPlan, float]:
+    def _selected(self, keep: Tensor, policy: ReductionPolicy) -> tuple[SurgeryPlan, float]:
         """The plan that keeps some states, and the error of the layer's output afterwards."""
         plan = self.family.selection_plan(self.layer.module, keep)
         refit = self.family.refit if policy.refit else None
@@ -137,8 +132,14 @@ class SelectiveAnalysis(LayerAnalysis):
             yield self.family.run(reduced, inputs), wanted
 
 
+@analyses(SelectiveFamily)
+@torch.no_grad()
 def analyse_selective(
-    layer: SSMLayer, family: SelectiveFamily, policy: ReductionPolicy, context: Context
+    layer: SSMLayer,
+    policy: ReductionPolicy,
+    seen: Seen,
+    processes: Processes,
+    spectrum_only: bool = False,
 ) -> SelectiveAnalysis:
     """Compute a layer's statistics on its calibration data, and its averaged spectrum.
 
@@ -146,33 +147,23 @@ def analyse_selective(
         CalibrationError: if there is no calibration data.
         NonFiniteError: if parameters or data hold NaN or infinity.
     """
-    start = time.perf_counter()
-    with torch.no_grad(), naming(layer):
-        family.check_finite(layer.module)
-        if not context.inputs.get(layer.name):
-            raise CalibrationError(
-                "expected calibration data, got none: what a selective layer's states are worth "
-                "depends on its input. Give `sample`, a batch for the model; under a Trainer, the "
-                "layer must be called in training_step with whole sequences."
-            )
-        original = _for_evaluation(layer.module)
-        dtype = next(original.parameters()).dtype
-        inputs = [_capped(x).to(dtype) for x in context.inputs[layer.name]]
-        statistics = _statistics(family, original, inputs)
-        statistics = statistics.summed(lambda _, total: context.processes.add_up(total))
-        with numerics():
-            sigma = averaged_spectrum(statistics).sum(0).sort(descending=True).values
-    seconds = time.perf_counter() - start
-    return SelectiveAnalysis(
-        layer,
-        sigma,
-        seconds,
-        family=family,
-        statistics=statistics,
-        inputs=inputs,
-        original=original,
-        processes=context.processes,
-    )
+    family = layer.family
+    assert isinstance(family, SelectiveFamily)
+    family.check_finite(layer.module)
+    if not seen.inputs.get(layer.name):
+        raise CalibrationError(
+            "expected calibration data, got none: what a selective layer's states are worth "
+            "depends on its input. Give `sample`, a batch for the model; under a Trainer, the "
+            "layer must be called in training_step with whole sequences."
+        )
+    original = _for_evaluation(layer.module)
+    dtype = next(original.parameters()).dtype
+    inputs = [_capped(x).to(dtype) for x in seen.inputs[layer.name]]
+    statistics = _statistics(family, original, inputs)
+    statistics = statistics.summed(lambda _, total: processes.add_up(total))
+    with numerics():
+        sigma = averaged_spectrum(statistics).sum(0).sort(descending=True).values
+    return SelectiveAnalysis(layer, sigma, family, statistics, inputs, original, processes)
 
 
 def _statistics(
@@ -214,24 +205,22 @@ def _with_values(
     return SurgeryPlan(edits, plan.attributes, {"": {**plan.projections[""], **projection}})
 
 
-def _orders(order: int, largest: int, round_to: int) -> Iterator[int]:
+def _tries(order: Order) -> Iterator[int]:
     """The order asked for, then ever closer to the largest one that is worth while."""
-    yield order
-    largest = largest // round_to * round_to
+    tried, most, step = order.wanted, order.most, order.step
+    if tried <= most:
+        yield tried
+    most = most // step * step
     for _ in range(_RETRIES):
-        halfway = -(-(order + largest) // 2)
-        halfway = min(largest, -(-halfway // round_to) * round_to)
-        if halfway <= order:
+        halfway = -(-(tried + most) // 2)
+        halfway = min(most, -(-halfway // step) * step)
+        if halfway <= tried:
             return
-        order = halfway
-        yield order
+        tried = halfway
+        yield tried
 
 
 def _resolve_criterion(policy: ReductionPolicy) -> str:
     if policy.selection != "largest":
         return policy.selection
     return AUTO_CRITERION if policy.criterion == "auto" else policy.criterion
-
-
-def _refusal(state_dim: int, criterion: str, note: str) -> Attempt:
-    return Attempt(plan=None, order=state_dim, note=note, balance=criterion)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch.nn.utils import parametrize
 
 from lightning_compressm.errors import NonFiniteError, SurgeryError, UnsupportedLayerError
 from lightning_compressm.surgery.plan import SurgeryPlan, TensorEdit
+from lightning_compressm.surgery.undo import all_or_nothing
 
-__all__ = ["AppliedSurgery", "Replacement", "apply_plan", "check_replaceable"]
+__all__ = ["Replacement", "apply_plan", "check_replaceable"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,29 +34,9 @@ class Replacement:
     edit: TensorEdit
 
 
-@dataclass(eq=False)
-class AppliedSurgery:
-    """What :func:`apply_plan` did, and how to take it back.
-
-    Attributes:
-        replaced: tensor name -> :class:`Replacement`.
-
-    Example:
-        >>> AppliedSurgery().replaced
-        {}
-    """
-
-    replaced: dict[str, Replacement] = field(default_factory=dict)
-    _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
-
-    def undo(self) -> None:
-        """Put every old object back (the same objects, so optimizers find them again)."""
-        while self._undo:
-            self._undo.pop()()
-        self.replaced.clear()
-
-
-def apply_plan(model: nn.Module, plan: SurgeryPlan) -> AppliedSurgery:
+def apply_plan(
+    model: nn.Module, plan: SurgeryPlan, undo: ExitStack | None = None
+) -> dict[str, Replacement]:
     """Replace tensors and attributes of ``model`` in place as ``plan`` says.
 
     New parameters are new objects with the dtype, device, ``requires_grad`` and custom attributes
@@ -64,9 +46,11 @@ def apply_plan(model: nn.Module, plan: SurgeryPlan) -> AppliedSurgery:
     Args:
         model: any module; names in the plan are relative to it.
         plan: what to change.
+        undo: is given what puts every old object back (the same objects, so that optimizers find
+            them again); closing it takes the change back.
 
     Returns:
-        A record with which optimizers are rebound, and ``.undo()``.
+        Tensor name -> :class:`Replacement`, with which optimizers are rebound.
 
     Raises:
         SurgeryError: if a name is missing, or ranks or tied values disagree. Nothing was changed.
@@ -74,34 +58,27 @@ def apply_plan(model: nn.Module, plan: SurgeryPlan) -> AppliedSurgery:
         NonFiniteError: if a new value holds NaN or infinity.
 
     Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> layer = nn.Linear(3, 4, bias=False)
+        >>> layer, undo = nn.Linear(3, 4, bias=False), ExitStack()
         >>> plan = SurgeryPlan({"weight": TensorEdit(torch.zeros(2, 3))}, {"out_features": 2})
-        >>> done = apply_plan(layer, plan)
+        >>> replaced = apply_plan(layer, plan, undo)
         >>> layer.weight.shape, layer.out_features
         (torch.Size([2, 3]), 2)
-        >>> done.undo()
+        >>> undo.close()
         >>> layer.weight.shape
         torch.Size([4, 3])
     """
     replacements = _prepare(model, plan)
     homes = {name: _resolve_attribute(model, name) for name in plan.attributes}
-    applied = AppliedSurgery()
-    try:
-        for name, replacement in replacements.items():
+    with all_or_nothing(undo) as steps:
+        for replacement in replacements.values():
             for owner, key in _owners(model, replacement.old):
                 _set_tensor(owner, key, replacement.new)
-                applied._undo.append(_restorer(owner, key, replacement.old))
-            applied.replaced[name] = replacement
+                steps.callback(_set_tensor, owner, key, replacement.old)
         for name, value in plan.attributes.items():
             owner, key = homes[name]
-            applied._undo.append(_attribute_restorer(owner, key))
+            steps.callback(_attribute_restorer(owner, key))
             setattr(owner, key, value)
-    except BaseException:
-        applied.undo()
-        raise
-    return applied
+    return replacements
 
 
 def check_replaceable(model: nn.Module, names: Iterable[str]) -> None:
@@ -224,10 +201,6 @@ def _owners(model: nn.Module, tensor: Tensor) -> Iterator[tuple[nn.Module, str]]
 def _set_tensor(owner: nn.Module, key: str, tensor: Tensor) -> None:
     store: dict[str, Any] = owner._parameters if key in owner._parameters else owner._buffers
     store[key] = tensor
-
-
-def _restorer(owner: nn.Module, key: str, tensor: Tensor) -> Callable[[], None]:
-    return lambda: _set_tensor(owner, key, tensor)
 
 
 def _attribute_restorer(owner: Any, key: str) -> Callable[[], None]:

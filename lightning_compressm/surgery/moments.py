@@ -26,6 +26,7 @@ _FIRST = {"exp_avg", "momentum_buffer", "grad_avg", "prev"}
 _SECOND = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "variance", "row_var", "col_var"}
 _POINT = {"ax"}
 _MAGNITUDE = {"exp_inf", "step_size", "acc_delta"}
+_REFILLED = 2.0  # times the old mean: too large only makes the next steps smaller
 
 
 def transport_states(
@@ -150,7 +151,7 @@ def _transport_tensor(
         return _combine(name, key, rule, kind, replaced, states)
     if isinstance(rule, Contract) and kind == "first":
         return _contract(key, rule, value, carried)
-    scale = 1.0 if kind == "magnitude" or isinstance(rule, Combine) else rule.scale
+    scale = 1.0 if kind == "magnitude" or isinstance(rule, Combine) else _REFILLED
     return _refill(replacement, value, 0.0 if kind == "first" else scale)
 
 

@@ -7,6 +7,7 @@ parameter groups; so both stay, and only the tensors inside change.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from copy import copy
 from typing import Any, Literal
 
@@ -15,8 +16,9 @@ from torch import Tensor
 from torch.optim import LBFGS, SGD, Optimizer
 
 from lightning_compressm.errors import UnsupportedOptimizerError
-from lightning_compressm.surgery.apply import AppliedSurgery, Replacement
+from lightning_compressm.surgery.apply import Replacement
 from lightning_compressm.surgery.moments import transport_states, truncate_state
+from lightning_compressm.surgery.undo import all_or_nothing
 
 __all__ = [
     "OptimizerStatePolicy",
@@ -83,20 +85,19 @@ def checked_optimizers(optimizers: Iterable[Optimizer] | Optimizer) -> list[Opti
 
 def rebind_optimizers(
     optimizers: Iterable[Optimizer] | Optimizer,
-    applied: AppliedSurgery,
+    replaced: Mapping[str, Replacement],
     policy: OptimizerStatePolicy = "transport",
-) -> Callable[[], None]:
+    undo: ExitStack | None = None,
+) -> None:
     """Point every optimizer at the new parameters and carry its state over.
 
     Args:
         optimizers: all optimizers that may hold replaced parameters, or the only one.
-        applied: what :func:`~lightning_compressm.surgery.apply.apply_plan` returned.
+        replaced: what :func:`~lightning_compressm.surgery.apply.apply_plan` returned.
         policy: ``"transport"`` carries moments through the change of basis, ``"truncate"`` slices
             them by leading index, ``"reset"`` drops them. LBFGS always starts a new history,
             since it describes a space that no longer exists.
-
-    Returns:
-        A function that undoes the rebinding.
+        undo: is given what takes the rebinding back.
 
     Raises:
         UnsupportedOptimizerError: before anything is changed.
@@ -109,40 +110,26 @@ def rebind_optimizers(
         >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
         >>> keep = torch.tensor([0, 3])
         >>> edit = TensorEdit(layer.weight[keep], Select(0, keep))
-        >>> undo = rebind_optimizers([optimizer], apply_plan(layer, SurgeryPlan({"weight": edit})))
+        >>> rebind_optimizers([optimizer], apply_plan(layer, SurgeryPlan({"weight": edit})))
         >>> optimizer.param_groups[0]["params"][0] is layer.weight
         True
     """
     optimizers = checked_optimizers(optimizers)
-    new_states = [_new_states(optimizer, applied, policy) for optimizer in optimizers]
-    undos: list[Callable[[], None]] = []
-
-    def undo() -> None:
-        while undos:
-            undos.pop()()
-
-    try:
+    new_states = [_new_states(optimizer, replaced, policy) for optimizer in optimizers]
+    with all_or_nothing(undo) as steps:
         for optimizer, states in zip(optimizers, new_states, strict=True):
-            undos.append(_snapshot(optimizer))
-            _swap(optimizer, applied, states)
-    except BaseException:
-        undo()
-        raise
-    return undo
+            steps.callback(_restorer(optimizer))
+            _swap(optimizer, replaced, states)
 
 
-def carry_gradients(applied: AppliedSurgery) -> None:
+def carry_gradients(replaced: Mapping[str, Replacement]) -> None:
     """Give the new parameters the pending gradients of the old ones, in the new basis.
 
     Only for gradients that are still to be used (accumulated by hand across a reduction).
-
-    Example:
-        >>> from lightning_compressm.surgery.apply import AppliedSurgery
-        >>> carry_gradients(AppliedSurgery())
     """
-    pending = {n: {"grad_avg": r.old.grad} for n, r in applied.replaced.items() if _has_grad(r)}
-    for name, state in transport_states(applied.replaced, pending).items():
-        applied.replaced[name].new.grad = state["grad_avg"]
+    pending = {n: {"grad_avg": r.old.grad} for n, r in replaced.items() if _has_grad(r)}
+    for name, state in transport_states(replaced, pending).items():
+        replaced[name].new.grad = state["grad_avg"]
 
 
 def _has_grad(replacement: Replacement) -> bool:
@@ -150,28 +137,28 @@ def _has_grad(replacement: Replacement) -> bool:
 
 
 def _new_states(
-    optimizer: Optimizer, applied: AppliedSurgery, policy: OptimizerStatePolicy
+    optimizer: Optimizer, replaced: Mapping[str, Replacement], policy: OptimizerStatePolicy
 ) -> dict[str, dict[str, Any]]:
     if isinstance(optimizer, LBFGS):
         return {}
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     states = {
         name: dict(optimizer.state[replacement.old])
-        for name, replacement in applied.replaced.items()
+        for name, replacement in replaced.items()
         if id(replacement.old) in held and optimizer.state.get(replacement.old)
     }
     if policy == "reset":
-        return {n: _initial_state(optimizer, applied.replaced[n], s) for n, s in states.items()}
+        return {n: _initial_state(optimizer, replaced[n], s) for n, s in states.items()}
     if policy == "transport":
-        carried = transport_states(applied.replaced, states)
+        carried = transport_states(replaced, states)
     else:
         carried = {
             name: state
             for name, old in states.items()
-            if (state := truncate_state(applied.replaced[name], old)) is not None
+            if (state := truncate_state(replaced[name], old)) is not None
         }
     for name in states.keys() - carried.keys():
-        carried[name] = _initial_state(optimizer, applied.replaced[name], states[name])
+        carried[name] = _initial_state(optimizer, replaced[name], states[name])
     return carried
 
 
@@ -185,14 +172,16 @@ def _initial_state(
     return {}
 
 
-def _swap(optimizer: Optimizer, applied: AppliedSurgery, states: dict[str, dict[str, Any]]) -> None:
-    new_of = {id(r.old): r.new for r in applied.replaced.values()}
+def _swap(
+    optimizer: Optimizer, replaced: Mapping[str, Replacement], states: dict[str, dict[str, Any]]
+) -> None:
+    new_of = {id(r.old): r.new for r in replaced.values()}
     touched = False
     for group in optimizer.param_groups:
         params = group["params"]
         touched |= any(id(p) in new_of for p in params)
         params[:] = [new_of.get(id(p), p) for p in params]
-    for name, replacement in applied.replaced.items():
+    for name, replacement in replaced.items():
         optimizer.state.pop(replacement.old, None)
         if states.get(name):
             optimizer.state[replacement.new] = states[name]
@@ -203,7 +192,8 @@ def _swap(optimizer: Optimizer, applied: AppliedSurgery, states: dict[str, dict[
         optimizer._numel_cache = None
 
 
-def _snapshot(optimizer: Optimizer) -> Callable[[], None]:
+def _restorer(optimizer: Optimizer) -> Callable[[], None]:
+    """What gives an optimizer its parameters and its state of now back."""
     lists = [(group["params"], list(group["params"])) for group in optimizer.param_groups]
     state = copy(optimizer.state)
     extra = {k: v for k, v in vars(optimizer).items() if k in ("_params", "_numel_cache")}

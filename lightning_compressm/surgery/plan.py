@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_compressm import _plain
 from lightning_compressm.errors import SurgeryError
 
 __all__ = ["Combine", "Contract", "MomentRule", "Refill", "Select", "SurgeryPlan", "TensorEdit"]
@@ -72,22 +73,19 @@ class Contract:
 
     dim: int
     weights: Mapping[str, Tensor]
-    scale: float = 2.0
 
 
 @dataclass(frozen=True, eq=False)
 class Refill:
-    """First moments start at zero, second moments at ``scale`` times their old mean.
+    """First moments start at zero, second moments at twice their old mean.
 
     For coordinates whose gradients have no linear transport (eigenvalues); a larger second moment
     only makes the first steps after a reduction smaller.
 
     Example:
-        >>> Refill().scale
-        2.0
+        >>> Refill()
+        Refill()
     """
-
-    scale: float = 2.0
 
 
 MomentRule = Select | Combine | Contract | Refill
@@ -105,8 +103,8 @@ class TensorEdit:
 
     Example:
         >>> import torch
-        >>> TensorEdit(torch.zeros(4)).moments.scale
-        2.0
+        >>> TensorEdit(torch.zeros(4)).moments
+        Refill()
     """
 
     value: Tensor
@@ -180,14 +178,23 @@ class SurgeryPlan:
         return on_cpu
 
     @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> SurgeryPlan:
-        """The inverse of :meth:`to_dict`."""
+    def from_dict(data: object) -> SurgeryPlan:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            TypeError: or ``KeyError``, if the data is damaged.
+        """
+        saved = _plain.mapping(data)
         edits = {
-            name: TensorEdit(entry["value"], _RULES[entry["rule"]](**entry["moments"]))
-            for name, entry in data["edits"].items()
+            _plain.text(name): TensorEdit(_plain.tensor(entry["value"]), _rule_of(entry))
+            for name, entry in _plain.mapping(saved["edits"]).items()
         }
-        # Plans that were saved before copies could follow have none.
-        return SurgeryPlan(edits, dict(data["attributes"]), dict(data.get("projections", {})))
+        attributes = {_plain.text(k): v for k, v in _plain.mapping(saved["attributes"]).items()}
+        projections = {
+            _plain.text(name): _plain.tensors(tensors)
+            for name, tensors in _plain.mapping(saved["projections"]).items()
+        }
+        return SurgeryPlan(edits, attributes, projections)
 
 
 def _rule_to_dict(rule: MomentRule) -> dict[str, Any]:
@@ -198,6 +205,20 @@ def _rule_to_dict(rule: MomentRule) -> dict[str, Any]:
     if isinstance(rule, Contract):
         moments["weights"] = dict(rule.weights)
     return {"rule": kind, "moments": moments}
+
+
+def _rule_of(entry: Mapping[str, Any]) -> MomentRule:
+    rule: MomentRule = _RULES[entry["rule"]](**entry["moments"])
+    if not isinstance(rule, Refill):
+        _plain.integer(rule.dim)
+    if isinstance(rule, Select):
+        _plain.tensor(rule.index)
+    elif isinstance(rule, Combine):
+        for sources in _plain.mapping(rule.parts).values():
+            _plain.tensors(sources)
+    elif isinstance(rule, Contract):
+        _plain.tensors(rule.weights)
+    return rule
 
 
 def _joined(prefix: str, name: str) -> str:
@@ -220,7 +241,7 @@ def _prefix_rule(rule: MomentRule, prefix: str) -> MomentRule:
         return Combine(rule.dim, parts)
     if isinstance(rule, Contract):
         weights = {f"{prefix}.{source}": w for source, w in rule.weights.items()}
-        return Contract(rule.dim, weights, rule.scale)
+        return Contract(rule.dim, weights)
     return rule
 
 

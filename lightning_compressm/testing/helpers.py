@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lightning_compressm.compressor import apply_proposal
 from lightning_compressm.control import Reduction, balanced_truncation
 from lightning_compressm.families import Family, FamilyBase, SelectiveFamily
 from lightning_compressm.families._base import tensor_of
+from lightning_compressm.model.change import change
 from lightning_compressm.surgery.plan import SurgeryPlan
 
 __all__ = [
@@ -129,13 +129,13 @@ def reduce(
     else:
         assert isinstance(family, Family)
         plan = _truncation(family, layer, order)[1]
-    apply_proposal(layer if root is None else root, plan.prefixed(prefix), optimizers)
+    change(layer if root is None else root, plan.prefixed(prefix), optimizers)
 
 
 def truncate(family: Family, layer: nn.Module, order: int) -> Reduction:
     """Reduce a linear layer, and tell how."""
     reduction, plan = _truncation(family, layer, order)
-    apply_proposal(layer, plan)
+    change(layer, plan)
     return reduction
 
 
@@ -170,7 +170,7 @@ def stop_reading(family: SelectiveFamily, layer: nn.Module, kept: int) -> tuple[
 
 def drop(family: SelectiveFamily, layer: nn.Module, keep: Tensor) -> None:
     """Keep the states ``keep``, (groups, r), of a selective layer as they are."""
-    apply_proposal(layer, family.selection_plan(layer, keep))
+    change(layer, family.selection_plan(layer, keep))
 
 
 def tensors_of(layer: nn.Module) -> dict[str, Tensor]:

@@ -22,8 +22,9 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
-from lightning_compressm import CompreSSMCallback, proposal
+from lightning_compressm import CompreSSMCallback
 from lightning_compressm.nn._mamba import MambaBlock
+from lightning_compressm.reduction import processes
 
 from .faults import EXCHANGE, FAULTS, REWRAP, Injection, armed
 from .helpers import BATCHES, Classifier, loader, same, trainer
@@ -162,7 +163,7 @@ def run(
     where, _, name = case.partition("/")
     fault = BY_NAME.get(name)
     # The rank that fails is the one that works on the layers.
-    proposal.owner_of = lambda index, size: int(where == "rank 1") % size
+    processes.owner_of = lambda index, size: int(where == "rank 1") % size
     make, arguments = SETUPS[name if fault is None else fault.setup]
     model = make()
     settings: dict[str, Any] = {"window": (0, BATCHES), "layers": ["net.first"], "verbose": False}

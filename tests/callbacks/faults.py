@@ -85,6 +85,7 @@ def bug() -> Exception:
 _PACKAGE = "lightning_compressm"
 _LRU = f"{_PACKAGE}.families.lru:LRUFamily"
 _MAMBA = f"{_PACKAGE}.families.mamba:MambaFamily"
+_SELECTIVE = f"{_PACKAGE}.reduction.selective"
 _HANKEL, _CALIBRATION = f"{_PACKAGE}.control.hankel", f"{_PACKAGE}.control.calibration"
 _APPLY, _OPTIMIZER = f"{_PACKAGE}.surgery.apply", f"{_PACKAGE}.surgery.optimizer"
 _DDP = "lightning.pytorch.strategies:DDPStrategy"
@@ -114,7 +115,7 @@ LINEAR = [
     Fault("eig", f"{_PACKAGE}.control._modal:_inverse", ill, "skip"),
     Fault("eig", f"{_PACKAGE}.control._modal:_inverse", broken, "skip"),
     Fault("svd", "torch.linalg:svd", runtime, "reduce second", setup="both", calls=(1,)),
-    Fault("order", f"{_PACKAGE}.examination:Examination.attempt", bug, "error"),
+    Fault("order", f"{_PACKAGE}.reduction.linear:LinearAnalysis.cut", bug, "error"),
     Fault("plan", f"{_LRU}.write", linalg, "skip"),
     Fault("plan", f"{_LRU}.reduction_plan", memory, "cpu", calls=(1,)),
     Fault("plan", f"{_LRU}.reduction_plan", bug, "error"),
@@ -135,8 +136,8 @@ SELECTIVE = [
     Fault("eigh", "torch.linalg:eigh", linalg, "skip", setup="selective"),
     Fault("eigh", "torch.linalg:eigh", memory, "cpu", setup="selective", calls=(1,)),
     Fault("svd", "torch.linalg:svdvals", runtime, "skip", setup="selective"),
-    Fault("rank", f"{_PACKAGE}.selective:rank_states", runtime, "skip", setup="selective"),
-    Fault("rank", f"{_PACKAGE}.selective:rank_states", memory, "cpu", "selective", (1,)),
+    Fault("rank", f"{_SELECTIVE}:rank_states", runtime, "skip", setup="selective"),
+    Fault("rank", f"{_SELECTIVE}:rank_states", memory, "cpu", "selective", (1,)),
     Fault("refit", "torch.linalg:solve", linalg, "skip", setup="selective"),
     Fault("refit", "torch.linalg:solve", memory, "cpu", setup="selective", calls=(1,)),
     Fault("refit", f"{_MAMBA}.write_readout", bug, "error", setup="selective"),
@@ -145,9 +146,9 @@ SELECTIVE = [
     Fault("check", f"{_MAMBA}.run", memory, "cpu", setup="selective", calls=(1,)),
     Fault("check", f"{_MAMBA}.run", memory, "cpu", setup="selective", calls=(2,)),
     Fault("check", f"{_MAMBA}.run", bug, "error", setup="selective", calls=(2,)),
-    Fault("refit", f"{_PACKAGE}.local_refit:_gradients", memory, "cpu", "local", (3,)),
-    Fault("refit", f"{_PACKAGE}.local_refit:_gradients", linalg, "skip", "local", (3,)),
-    Fault("refit", f"{_PACKAGE}.local_refit:_gradients", bug, "error", "local", (3,)),
+    Fault("refit", f"{_PACKAGE}.reduction.output_fit:_gradients", memory, "cpu", "local", (3,)),
+    Fault("refit", f"{_PACKAGE}.reduction.output_fit:_gradients", linalg, "skip", "local", (3,)),
+    Fault("refit", f"{_PACKAGE}.reduction.output_fit:_gradients", bug, "error", "local", (3,)),
 ]
 
 SWAP = [
@@ -160,10 +161,10 @@ SWAP = [
     Fault("optimizer", f"{_OPTIMIZER}:transport_states", bug, "error"),
     Fault("optimizer", f"{_OPTIMIZER}:_swap", memory, "skip", after=True),
     Fault("optimizer", f"{_OPTIMIZER}:_swap", bug, "error", after=True),
-    Fault("gradients", f"{_PACKAGE}.compressor:carry_gradients", memory, "skip", "manual"),
-    Fault("gradients", f"{_PACKAGE}.compressor:carry_gradients", bug, "error", "manual"),
+    Fault("gradients", f"{_PACKAGE}.model.change:carry_gradients", memory, "skip", "manual"),
+    Fault("gradients", f"{_PACKAGE}.model.change:carry_gradients", bug, "error", "manual"),
     Fault(
-        "gradients", f"{_PACKAGE}.compressor:carry_gradients", bug, "error", "manual", after=True
+        "gradients", f"{_PACKAGE}.model.change:carry_gradients", bug, "error", "manual", after=True
     ),
 ]
 

@@ -31,8 +31,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_compressm import CompreSSMCallback
 from lightning_compressm.compat import enable_mamba_ssm_cpu
 from lightning_compressm.model.layers import find_ssm_layers
+from lightning_compressm.model.resizing import install_resize_hooks
 from lightning_compressm.nn import LRU, S4D
-from lightning_compressm.model.loading import install_resize_hooks
 
 from .helpers import BATCH, BATCHES, CLASSES, dataset, trainer
 from .matrix import Cell

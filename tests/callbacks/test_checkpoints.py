@@ -15,9 +15,9 @@ from torch import nn
 
 from lightning_compressm import CompreSSMCallback, compress, find_ssm_layers, load_compressed
 from lightning_compressm.errors import CheckpointError
+from lightning_compressm.model.resizing import install_resize_hooks
 from lightning_compressm.nn import S5
 from lightning_compressm.nn._mamba import MambaBlock
-from lightning_compressm.model.loading import install_resize_hooks
 from tests.families.layers import PortedLRU
 
 from .checkpointing import EPOCHS, SETTINGS, Run, make

@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_compressm import CompreSSMCallback, errors
+from lightning_compressm.model.resizing import install_resize_hooks
 from lightning_compressm.nn._mamba import MambaBlock
-from lightning_compressm.model.loading import install_resize_hooks
 
 from ..families.layers import PortedLRU
 from .helpers import Classifier, Plain, loader, trainer

@@ -10,7 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_compressm.compat import _mamba_ssm, _reference, enable_mamba_ssm_cpu
+from lightning_compressm.compat import (
+    _convolutions,
+    _mamba_ssm,
+    _norms,
+    _scans,
+    enable_mamba_ssm_cpu,
+)
 from tests.compat.blocks import naive_conv
 from tests.nn._reference import relative_error
 
@@ -22,7 +28,7 @@ def double(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("length", [1, 2, 9])
 def test_causal_conv(length: int):
     x, weight, bias = double(2, 6, length), double(6, 4), double(6)
-    y = _reference.causal_conv1d_fn(x, weight, bias, activation="silu")
+    y = _convolutions.causal_conv1d_fn(x, weight, bias, activation="silu")
     assert relative_error(y, naive_conv(x, weight[:, None], bias)) < 1e-12
 
 
@@ -30,7 +36,7 @@ def test_causal_conv_keeps_packed_sequences_apart():
     x, weight, bias = double(1, 6, 12), double(6, 4), double(6)
     lengths = [2, 7, 3]
     seq_idx = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
-    y = _reference.causal_conv1d_fn(x, weight, bias, seq_idx, activation="silu")
+    y = _convolutions.causal_conv1d_fn(x, weight, bias, seq_idx, activation="silu")
     apart = [naive_conv(part, weight[:, None], bias) for part in x.split(lengths, -1)]
     assert relative_error(y, torch.cat(apart, -1)) < 1e-12
 
@@ -39,7 +45,7 @@ def test_causal_conv_step_by_step():
     x, weight, bias = double(2, 6, 9), double(6, 4), double(6)
     state = torch.zeros(2, 6, 4, dtype=torch.float64)
     steps = [
-        _reference.causal_conv1d_update(now, state, weight, bias, "silu") for now in x.unbind(-1)
+        _convolutions.causal_conv1d_update(now, state, weight, bias, "silu") for now in x.unbind(-1)
     ]
     assert relative_error(torch.stack(steps, -1), naive_conv(x, weight[:, None], bias)) < 1e-12
     assert torch.equal(state, x[..., -4:])
@@ -47,7 +53,7 @@ def test_causal_conv_step_by_step():
 
 def test_callers_can_take_views_of_a_scan():
     x, B = double(2, 9, 4, 3), double(2, 9, 1, 5)
-    result = _reference.mamba_chunk_scan_combined(x, double(2, 9, 4), -double(4).abs(), B, B)
+    result = _scans.mamba_chunk_scan_combined(x, double(2, 9, 4), -double(4).abs(), B, B)
     assert result.view(2, 9, -1).shape == (2, 9, 12)
 
 
@@ -60,7 +66,7 @@ def test_state_update_with_heads(groups: int):
     b, c = (t.repeat_interleave(4 // groups, 1)[:, :, None] for t in (B, C))
     expected = state * torch.exp(step * A) + step * b * x[..., None]
     y = ((expected * c).sum(-1) + D * x) * z * torch.sigmoid(z)
-    result = _reference.selective_state_update(state, x, dt, A, B, C, D, z, bias, True)
+    result = _scans.selective_state_update(state, x, dt, A, B, C, D, z, bias, True)
     assert relative_error(result, y) < 1e-12
     assert relative_error(state, expected) < 1e-12
 
@@ -74,27 +80,27 @@ def test_norm_with_residual(rms: bool, in_fp32: bool):
     centred = total if rms else total - total.mean(-1, keepdim=True)
     expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     expected = expected * weight.double() + bias.double()
-    y, kept = _reference.layer_norm_fn(
+    y, kept = _norms.layer_norm_fn(
         x, weight, bias, residual, eps=1e-5, prenorm=True, is_rms_norm=rms
     )
     assert (y.dtype, kept.dtype) == (torch.bfloat16, torch.float32)
     assert relative_error(y.double(), expected) < 1e-2
     assert relative_error(kept.double(), total) < 1e-6
     # Without a residual the sum is in float32 only where that is asked for.
-    _, kept = _reference.layer_norm_fn(
+    _, kept = _norms.layer_norm_fn(
         x, weight, bias, prenorm=True, residual_in_fp32=in_fp32, is_rms_norm=rms
     )
     assert kept.dtype == (torch.float32 if in_fp32 else torch.bfloat16)
-    alone = _reference.layer_norm_fn(x, weight, bias, residual, eps=1e-5, is_rms_norm=rms)
+    alone = _norms.layer_norm_fn(x, weight, bias, residual, eps=1e-5, is_rms_norm=rms)
     assert torch.equal(alone, y)
 
 
 def test_norm_applies_dropout_and_row_scales():
     x, weight = torch.ones(400, 8), torch.ones(8)
     scale = torch.arange(400.0)
-    _, kept = _reference.rms_norm_fn(x, weight, None, rowscale=scale, prenorm=True)
+    _, kept = _norms.rms_norm_fn(x, weight, None, rowscale=scale, prenorm=True)
     assert torch.equal(kept, scale[:, None].expand(-1, 8))
-    _, kept = _reference.rms_norm_fn(x, weight, None, dropout_p=0.5, prenorm=True)
+    _, kept = _norms.rms_norm_fn(x, weight, None, dropout_p=0.5, prenorm=True)
     assert set(kept.unique().tolist()) == {0.0, 2.0}
     assert 0.4 < (kept == 0).double().mean() < 0.6
 
@@ -102,16 +108,16 @@ def test_norm_applies_dropout_and_row_scales():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda t: _reference.layer_norm_fn(t, t, None, x1=t), "x1"),
-        (lambda t: _reference.rms_norm_fn(t, t, None, return_dropout_mask=True), "dropout_mask"),
-        (lambda t: _reference.causal_conv1d_fn(t, t, initial_states=t), "initial_states"),
-        (lambda t: _reference.causal_conv1d_update(t, t, t, cache_seqlens=t), "cache_seqlens"),
+        (lambda t: _norms.layer_norm_fn(t, t, None, x1=t), "x1"),
+        (lambda t: _norms.rms_norm_fn(t, t, None, return_dropout_mask=True), "dropout_mask"),
+        (lambda t: _convolutions.causal_conv1d_fn(t, t, initial_states=t), "initial_states"),
+        (lambda t: _convolutions.causal_conv1d_update(t, t, t, cache_seqlens=t), "cache_seqlens"),
         (
-            lambda t: _reference.selective_state_update(t, t, t, t, t, t, state_batch_indices=t),
+            lambda t: _scans.selective_state_update(t, t, t, t, t, t, state_batch_indices=t),
             "state_batch_indices",
         ),
         (
-            lambda t: _reference.mamba_chunk_scan_combined(
+            lambda t: _scans.mamba_chunk_scan_combined(
                 t, t, t, t, t, 64, return_varlen_states=True
             ),
             "return_varlen_states",
@@ -125,12 +131,12 @@ def test_what_only_kernels_can_do_is_refused(call: Any, words: str):
 
 def test_an_unknown_activation_is_refused():
     with pytest.raises(ValueError, match="silu"):
-        _reference.causal_conv1d_fn(torch.ones(1, 2, 3), torch.ones(2, 4), activation="gelu")
+        _convolutions.causal_conv1d_fn(torch.ones(1, 2, 3), torch.ones(2, 4), activation="gelu")
 
 
 def test_mamba_inner_leaves_normed_projections_to_the_caller():
     t = torch.ones(2, 4)
-    assert _reference.mamba_inner_fn(t, t, t, t, t, t, t, t, b_rms_weight=t) is None
+    assert _scans.mamba_inner_fn(t, t, t, t, t, t, t, t, b_rms_weight=t) is None
 
 
 def test_only_cpu_tensors_are_diverted(monkeypatch: pytest.MonkeyPatch):

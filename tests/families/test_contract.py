@@ -14,8 +14,9 @@ from lightning_compressm.control import DiagonalLTI
 from lightning_compressm.control.calibration import SelectiveSignals
 from lightning_compressm.families import FamilyBase, SelectiveFamily, registered_families
 from lightning_compressm.families.lru import LRUFamily
-from lightning_compressm.families.mamba import MambaFamily, ZambaFamily
+from lightning_compressm.families.mamba import MambaFamily
 from lightning_compressm.families.mamba2 import Mamba2Family
+from lightning_compressm.families.zamba import ZambaFamily
 from lightning_compressm.surgery.plan import SurgeryPlan, TensorEdit
 from lightning_compressm.testing import CONTRACT, check_family
 from tests.families.layers import Decay, DecayFamily, PortedLRU

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lightning_compressm import compress, find_ssm_layers, load_compressed
 from lightning_compressm.compat import enable_mamba_ssm_cpu
-from lightning_compressm.model.layers import select_layers
 from lightning_compressm.errors import UnsupportedLayerError
+from lightning_compressm.model.layers import select_layers
 from lightning_compressm.model.padding import pad_state_dim
 from tests.families.selective import drop_others, relative, scanned, seen, stop_reading
 

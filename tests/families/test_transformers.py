@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_compressm import compress, find_ssm_layers, load_compressed
-from lightning_compressm.compressor import apply_proposal
-from lightning_compressm.reduction.policy import ReductionPolicy
-from lightning_compressm.reduction.decision import propose
-from lightning_compressm.reduction.recorder import CallRecorder, Context
+from lightning_compressm.model.change import change
+from lightning_compressm.model.resizing import install_resize_hooks
 from lightning_compressm.reduction.events import CompressionReport
-from lightning_compressm.model.loading import install_resize_hooks
+from lightning_compressm.reduction.recorder import CallRecorder
+from tests.deciding import decided
 from tests.families.hf_models import KINDS, STATES, build, generated, logits, model_like, tokens
 from tests.families.selective import drop_others, relative, scanned, seen, stop_reading
 
@@ -155,17 +155,16 @@ def test_undo_puts_the_config_back(name: str):
     before, first, second = model.config.to_dict(), *list(find_ssm_layers(model))[:2]
     undo = []
     for layer, state_dim in ((first, 5), (second, 3)):
-        policy = ReductionPolicy(
-            state_dim=state_dim, layers=[layer], refit=False, max_output_error=None
-        )
         with CallRecorder(find_ssm_layers(model)) as recorder:
             logits(model)
-        plan = propose(model, policy, Context({}, recorder.inputs)).plan
-        undo.append((model.config.to_dict(), apply_proposal(model, plan)))
+        choices: dict[str, Any] = {"layers": [layer], "refit": False, "max_output_error": None}
+        plan = decided(model, recorder.seen, state_dim=state_dim, **choices).plan
+        undo.append((model.config.to_dict(), ExitStack()))
+        change(model, plan, undo=undo[-1][1])
     after = model.config.to_dict()["per_layer_config"]
     assert [own[KINDS[name].states] for own in after.values()] == [5, 3]
     for config, step in reversed(undo):
-        step()
+        step.close()
         assert model.config.to_dict() == config
     assert model.config.to_dict() == before
     assert torch.equal(logits(model), logits(model_like(name)))

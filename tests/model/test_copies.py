@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from copy import deepcopy
 from typing import Any
 
@@ -11,14 +12,13 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from lightning_compressm import compress, find_ssm_layers
-from lightning_compressm.compressor import apply_proposal
 from lightning_compressm.errors import UnsupportedLayerError
 from lightning_compressm.families import registered_families
-from lightning_compressm.nn import LRU, S4D
-from lightning_compressm.reduction.policy import ReductionPolicy
-from lightning_compressm.reduction.decision import propose
+from lightning_compressm.model.change import change
 from lightning_compressm.model.copies import find_copies
+from lightning_compressm.nn import LRU, S4D
 from lightning_compressm.surgery.plan import SurgeryPlan
+from tests.deciding import decided
 
 FAMILIES = sorted(registered_families())
 
@@ -73,7 +73,7 @@ def test_averaging_goes_on_in_the_same_coordinates() -> None:
     average = AveragedModel(model, avg_fn=get_ema_avg_fn(0.5))
     average.update_parameters(model)
     perturbed(average.module, 1e-2)
-    apply_proposal(model, propose(model, ReductionPolicy(state_dim=6)).plan, averages=[average])
+    change(model, decided(model, state_dim=6).plan, averages=[average])
     x = torch.randn(2, 10, 2, dtype=torch.double)
     last = float((model(x) - average(x)).detach().norm())
     for _ in range(10):
@@ -105,10 +105,11 @@ def test_undo_brings_model_and_average_back() -> None:
     model = nn.Sequential(LRU(4, 8))
     average = AveragedModel(model)
     before = [*model.parameters(), *average.parameters()]
-    plan = propose(model, ReductionPolicy(state_dim=3)).plan
-    undo = apply_proposal(model, plan, averages=[average])
+    plan = decided(model, state_dim=3).plan
+    undo = ExitStack()
+    change(model, plan, averages=[average], undo=undo)
     assert (model[0].d_state, average.module[0].d_state) == (3, 3)
-    undo()
+    undo.close()
     after = [*model.parameters(), *average.parameters()]
     assert all(a is b for a, b in zip(before, after, strict=True))
     assert (model[0].d_state, average.module[0].d_state) == (8, 8)
@@ -117,21 +118,21 @@ def test_undo_brings_model_and_average_back() -> None:
 def test_a_family_that_does_not_say_how_copies_follow_is_refused_first() -> None:
     model = nn.Sequential(LRU(4, 8))
     average = AveragedModel(model)
-    plan = propose(model, ReductionPolicy(state_dim=3)).plan
+    plan = decided(model, state_dim=3).plan
     silent = SurgeryPlan(plan.edits, plan.attributes)
     with pytest.raises(UnsupportedLayerError, match=r"'0\.nu_log' is reduced, but its family"):
-        apply_proposal(model, silent, averages=[average])
+        change(model, silent, averages=[average])
     assert model[0].d_state == 8
-    apply_proposal(model, silent)
+    change(model, silent)
     assert model[0].d_state == 3
 
 
 def test_a_plan_with_projections_survives_a_file(tmp_path: Any) -> None:
     model = nn.Sequential(LRU(4, 8)).double()
     average = AveragedModel(model)
-    plan = propose(model, ReductionPolicy(state_dim=3)).plan
+    plan = decided(model, state_dim=3).plan
     torch.save(plan.to_dict(), tmp_path / "plan.pt")
     loaded = SurgeryPlan.from_dict(torch.load(tmp_path / "plan.pt", weights_only=True))
-    apply_proposal(model, loaded, averages=[average])
+    change(model, loaded, averages=[average])
     x = torch.randn(2, 10, 4, dtype=torch.double)
     torch.testing.assert_close(model(x), average(x), rtol=1e-9, atol=1e-12)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from lightning_compressm import load_compressed
 from lightning_compressm.errors import CheckpointError
+from lightning_compressm.model.resizing import install_resize_hooks
 from lightning_compressm.nn import LRU, S5
 from lightning_compressm.nn._mamba import MambaBlock
-from lightning_compressm.model.loading import install_resize_hooks
 from tests.families.layers import PortedLRU
 
 

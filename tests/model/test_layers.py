@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compressm import find_ssm_layers
-from lightning_compressm.model.layers import select_layers
 from lightning_compressm.errors import UnsupportedLayerError
 from lightning_compressm.families.lru import LRUFamily
+from lightning_compressm.model.layers import select_layers
 from lightning_compressm.nn import LRU
 from lightning_compressm.reduction.recorder import CallRecorder
 from tests.families.layers import PortedLRU

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from lightning_compressm import compress, load_compressed
 from lightning_compressm.errors import CheckpointError, SurgeryError, UnsupportedOptimizerError
+from lightning_compressm.model.resizing import install_resize_hooks
 from lightning_compressm.nn import LRU
-from lightning_compressm.model.loading import install_resize_hooks
 from tests.families.layers import PortedLRU
 
 

@@ -16,10 +16,10 @@ from torch import nn
 from lightning_compressm import find_ssm_layers
 from lightning_compressm.errors import NonFiniteError, UnsupportedLayerError
 from lightning_compressm.families import SelectiveFamily
+from lightning_compressm.model.padding import pad_state_dim
 from lightning_compressm.nn import LRU
 from lightning_compressm.nn._mamba import Mamba2Block, MambaBlock, MultiHeadMambaBlock
 from lightning_compressm.surgery.apply import apply_plan
-from lightning_compressm.model.padding import pad_state_dim
 from tests.families.hf_models import KINDS, generated, logits, model_like
 from tests.families.selective import relative
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from copy import deepcopy
 from typing import Any
 
@@ -11,13 +12,12 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_compressm import compress
-from lightning_compressm.compressor import apply_proposal
 from lightning_compressm.errors import SurgeryError
 from lightning_compressm.families import registered_families
-from lightning_compressm.nn import LRU
-from lightning_compressm.reduction.policy import ReductionPolicy
-from lightning_compressm.reduction.decision import propose
+from lightning_compressm.model.change import change
 from lightning_compressm.model.snapshot import Snapshot
+from lightning_compressm.nn import LRU
+from tests.deciding import decided
 
 OPTIMIZERS: dict[str, Any] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
@@ -79,8 +79,8 @@ def test_training_after_going_back_is_bitwise_that_of_before(name: str, tmp_path
     twin_optimizer.load_state_dict(twin_state[1])
     assert snapshot.model["count"] == after[1] - (6 if name == "lbfgs" else 3)
 
-    plan = propose(model, ReductionPolicy(state_dim=4)).plan
-    apply_proposal(model, plan, [optimizer], averages=[average])
+    plan = decided(model, state_dim=4).plan
+    change(model, plan, [optimizer], averages=[average])
     train(model, optimizer, 2, seed=3)
     average.update_parameters(model)
     loaded = Snapshot.from_dict(torch.load(tmp_path / "kept.pt", weights_only=True))
@@ -157,7 +157,7 @@ def test_undo_and_failure_leave_everything() -> None:
     optimizer = OPTIMIZERS["adamw"](model.parameters())
     train(model, optimizer, 2, seed=1)
     snapshot = Snapshot.take(model, [optimizer])
-    apply_proposal(model, propose(model, ReductionPolicy(state_dim=4)).plan, [optimizer])
+    change(model, decided(model, state_dim=4).plan, [optimizer])
     train(model, optimizer, 2, seed=2)
     objects = list(model.parameters())
     values = deepcopy(model.state_dict())
@@ -170,7 +170,9 @@ def test_undo_and_failure_leave_everything() -> None:
         kept = all(torch.equal(states[i][k], now[i][k]) for i in states for k in states[i])
         return same and equal and kept and model.lru.d_state == 4
 
-    snapshot.restore(model, [optimizer])()
+    with ExitStack() as undo:
+        snapshot.restore(model, [optimizer], undo=undo)
+        assert model.lru.d_state == 12
     assert unchanged()
     with pytest.raises(SurgeryError, match="expected 1 optimizers as when the state was kept"):
         snapshot.restore(model, [])

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_compressm.nn import LRU, _two_level
+from lightning_compressm.nn import LRU, _row_blocks
 from tests.nn._reference import naive_lru, relative_error
 
 NAMES = ("nu_log", "theta_log", "gamma_log", "B_re", "B_im", "C_re", "C_im", "D")
@@ -60,7 +60,7 @@ def test_equals_its_equations_for_any_size(
 ):
     inputs = torch.randn(batch, length, width, dtype=torch.float64, requires_grad=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_two_level, "_CPU_BLOCK_BYTES", block)
+        patch.setattr(_row_blocks, "_CPU_BLOCK_BYTES", block)
         assert_same(make(width, states), inputs, 1e-10)
 
 
@@ -162,7 +162,7 @@ def test_memory_is_one_copy_of_the_states():
 def test_without_gradients(mode: type):
     layer, inputs = make(3, 4), torch.randn(5, 40, 3, dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch, mode():
-        patch.setattr(_two_level, "_CPU_BLOCK_BYTES", 1)
+        patch.setattr(_row_blocks, "_CPU_BLOCK_BYTES", 1)
         outputs = layer(inputs)
     assert not outputs.requires_grad
     torch.testing.assert_close(outputs, layer(inputs).detach())

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_compressm.nn import S4D
-from lightning_compressm.nn.s4d import _fast_size
+from lightning_compressm.nn._convolution import _fast_size
 
 
 @pytest.mark.parametrize("method", ["zoh", "bilinear"])

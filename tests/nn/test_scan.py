@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_compressm.nn import _two_level, linear_recurrence
+from lightning_compressm.nn import _row_blocks, _two_level, linear_recurrence
 from tests.nn._reference import naive_recurrence, relative_error
 
 LENGTHS = (1, 2, 3, 7, 16, 17, 63, 64, 100, 787)
@@ -61,7 +61,7 @@ def test_equals_the_loop_for_any_size(
     batch: list[int], length: int, states: int, radius: float, block: int
 ):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_two_level, "_CPU_BLOCK_BYTES", block)
+        patch.setattr(_row_blocks, "_CPU_BLOCK_BYTES", block)
         assert_same(problem((*batch, length, states), radius=radius), 1e-10)
 
 

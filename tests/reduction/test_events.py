@@ -12,6 +12,7 @@ import torch
 from lightning_compressm import compress
 from lightning_compressm.nn import LRU
 from lightning_compressm.plot import plot_spectra
+from lightning_compressm.reduction.decision import Decision
 from lightning_compressm.reduction.events import CompressionReport, LayerEvent, format_table
 
 REDUCED = LayerEvent(
@@ -56,7 +57,7 @@ def test_events_are_plain_data():
 
 
 def test_events_are_dated_without_changing():
-    dated = REDUCED.at(40, 2)
+    (dated,) = Decision(events=[REDUCED]).at(40, 2).events
     assert (dated.step, dated.epoch) == (40, 2)
     assert (REDUCED.step, REDUCED.epoch) == (0, 0)
     assert replace(dated, step=0, epoch=0) == REDUCED

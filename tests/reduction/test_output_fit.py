@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compressm.reduction.output_fit import fit_output, output_error
-from lightning_compressm.reduction.recorder import Processes
+from lightning_compressm.reduction.processes import Processes
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5, 120])

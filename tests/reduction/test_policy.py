@@ -7,13 +7,7 @@ from typing import Any
 
 import pytest
 
-from lightning_compressm.reduction.policy import (
-    ReductionPolicy,
-    check_choice,
-    check_count,
-    check_patterns,
-    check_share,
-)
+from lightning_compressm.reduction.policy import ReductionPolicy
 
 
 def test_defaults():
@@ -92,17 +86,3 @@ def test_a_policy_can_not_be_changed():
 def test_only_keywords():
     with pytest.raises(TypeError):
         ReductionPolicy(0.1)  # type: ignore[misc]
-
-
-def test_the_checks_themselves():
-    check_share("x", None)
-    check_count("x", None, optional=True)
-    check_count("x", 0, least=0)
-    check_patterns("x", None)
-    check_choice("x", "a", ("a", "b"))
-    with pytest.raises(ValueError, match=r"x: expected a share in \(0, 1\), got 0"):
-        check_share("x", 0, zero=False)
-    with pytest.raises(ValueError, match="x: expected an integer >= 2, got 1"):
-        check_count("x", 1, least=2)
-    with pytest.raises(ValueError, match="x: expected one of a, b; got 'c'"):
-        check_choice("x", "c", ("a", "b"))

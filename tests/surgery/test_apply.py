@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from copy import deepcopy
 from typing import Any
 
@@ -53,7 +54,7 @@ def test_values_attributes_and_kinds():
     model = _net()
     names = ["0.weight", "0.bias", "1.running_mean", "1.scratch"]
     plan = SurgeryPlan({n: _small(model, n) for n in names}, {"0.out_features": 2, "1.extra": "x"})
-    applied = apply_plan(model, plan)
+    replaced = apply_plan(model, plan)
     assert model[0].weight.shape == (2, 3)
     assert isinstance(model[0].weight, nn.Parameter)
     assert model[0].weight.is_leaf
@@ -63,7 +64,7 @@ def test_values_attributes_and_kinds():
     assert not isinstance(model[1].running_mean, nn.Parameter)
     assert "1.scratch" not in model.state_dict(), "a buffer stays non-persistent"
     assert "1.running_mean" in model.state_dict()
-    assert sorted(applied.replaced) == sorted(names)
+    assert sorted(replaced) == sorted(names)
     assert [n for n, _ in model.named_parameters()][:2] == ["0.weight", "0.bias"]
 
 
@@ -74,19 +75,19 @@ def test_undo_brings_back_the_same_objects():
         {n: _small(model, n) for n in ("0.weight", "1.running_mean")},
         {"0.out_features": 2, "0.new": 1},
     )
-    applied = apply_plan(model, plan)
-    applied.undo()
+    undo = ExitStack()
+    apply_plan(model, plan, undo)
+    undo.close()
     _assert_untouched(model, before)
     assert not hasattr(model[0], "new")
-    assert applied.replaced == {}
-    applied.undo()
+    undo.close()
     _assert_untouched(model, before)
 
 
 def test_an_empty_plan_changes_nothing():
     model = _net()
     before = _picture(model)
-    assert apply_plan(model, SurgeryPlan()).replaced == {}
+    assert apply_plan(model, SurgeryPlan()) == {}
     _assert_untouched(model, before)
 
 
@@ -157,10 +158,11 @@ def test_a_tensor_with_owners_elsewhere_stays_shared():
     model["b"].weight = model["a"].weight
     model["c"].other_name = model["a"].weight
     old = model["a"].weight
-    applied = apply_plan(model, SurgeryPlan({"a.weight": _small(model, "a.weight")}))
+    undo = ExitStack()
+    apply_plan(model, SurgeryPlan({"a.weight": _small(model, "a.weight")}), undo)
     assert model["a"].weight is model["b"].weight is model["c"].other_name
     assert model["a"].weight is not old
-    applied.undo()
+    undo.close()
     assert model["a"].weight is model["b"].weight is model["c"].other_name is old
 
 
@@ -176,9 +178,9 @@ def test_two_names_of_one_tensor_with_one_value():
     model = nn.ModuleList([nn.Linear(3, 4), nn.Linear(3, 4)])
     model[1].weight = model[0].weight
     plan = SurgeryPlan({f"{i}.weight": TensorEdit(torch.ones(2, 3)) for i in range(2)})
-    applied = apply_plan(model, plan)
+    replaced = apply_plan(model, plan)
     assert model[0].weight is model[1].weight
-    assert applied.replaced["0.weight"].new is applied.replaced["1.weight"].new
+    assert replaced["0.weight"].new is replaced["1.weight"].new
 
 
 @pytest.mark.parametrize("other", [torch.zeros(2, 3), torch.ones(1, 3)], ids=["value", "shape"])

@@ -108,11 +108,11 @@ def test_contraction_is_the_chain_rule_of_a_gain():
 def test_refilling():
     v = torch.rand(OLD, WIDTH)
     state = _one(
-        Refill(3.0), {"exp_avg": v - 0.5, "exp_avg_sq": v, "step_size": v, "momentum_buffer": v}
+        Refill(), {"exp_avg": v - 0.5, "exp_avg_sq": v, "step_size": v, "momentum_buffer": v}
     )
     assert not state["exp_avg"].any()
     assert not state["momentum_buffer"].any()
-    torch.testing.assert_close(state["exp_avg_sq"], (3 * v.mean()).expand(NEW, WIDTH))
+    torch.testing.assert_close(state["exp_avg_sq"], (2 * v.mean()).expand(NEW, WIDTH))
     torch.testing.assert_close(state["step_size"], v.mean().expand(NEW, WIDTH))
 
 

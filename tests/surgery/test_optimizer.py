@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -126,12 +127,12 @@ def test_training_goes_on(name: str, policy: Any, make_case: Any):
     old = {id(p) for p in _held(optimizer)}
     steps = {n: optimizer.state[p].get("step") for n, p in case.model.named_parameters()}
     steps = deepcopy(steps)
-    applied = apply_plan(case.model, case.plan())
-    rebind_optimizers([optimizer], applied, policy)
+    replaced = apply_plan(case.model, case.plan())
+    rebind_optimizers([optimizer], replaced, policy)
 
     expected = {id(p) for p in case.model.parameters() if name != "Muon" or p.ndim == 2}
     assert {id(p) for p in _held(optimizer)} == expected
-    gone = {id(r.old) for r in applied.replaced.values()}
+    gone = {id(r.old) for r in replaced.values()}
     assert gone & old
     assert not gone & {id(p) for p in optimizer.state}
     for group, (before, params, options) in zip(optimizer.param_groups, groups, strict=True):
@@ -140,7 +141,7 @@ def test_training_goes_on(name: str, policy: Any, make_case: Any):
         assert {k: v for k, v in group.items() if k != "params"} == {
             k: v for k, v in options.items() if k != "params"
         }
-    for n, replacement in applied.replaced.items():
+    for n, replacement in replaced.items():
         if policy != "reset" and steps[n] is not None and name != "LBFGS":
             assert optimizer.state[replacement.new]["step"] == steps[n], n
 
@@ -150,7 +151,7 @@ def test_training_goes_on(name: str, policy: Any, make_case: Any):
     for n, parameter in case.model.named_parameters():
         if id(parameter) in expected:
             assert torch.isfinite(parameter).all(), n
-            assert n not in applied.replaced or not torch.equal(parameter, before[n]), n
+            assert n not in replaced or not torch.equal(parameter, before[n]), n
             _check_state(optimizer.state.get(parameter, {}), parameter)
     rate = optimizer.param_groups[-1]["lr"]
     scheduler.step()
@@ -175,10 +176,8 @@ def _check_state(state: dict[str, Any], parameter: Tensor) -> None:
 def test_undo_restores_objects_and_state(name: str, policy: Any):
     case, optimizer = _trained(name, LRUCase)
     held, states = _held(optimizer), deepcopy(optimizer.state_dict()["state"])
-    applied = apply_plan(case.model, case.plan())
-    undo = rebind_optimizers([optimizer], applied, policy)
-    undo()
-    applied.undo()
+    with ExitStack() as undo:
+        rebind_optimizers([optimizer], apply_plan(case.model, case.plan(), undo), policy, undo)
     assert all(a is b for a, b in zip(_held(optimizer), held, strict=True))
     _assert_same_state(optimizer.state_dict()["state"], states)
     case.inputs = torch.randn_like(case.inputs)
@@ -194,12 +193,10 @@ def test_undo_after_further_steps_finds_the_old_state(name: str, policy: Any):
         for n, p in case.model.named_parameters()
         if p in optimizer.state
     }
-    applied = apply_plan(case.model, case.plan())
-    replaced = list(applied.replaced)
-    undo = rebind_optimizers([optimizer], applied, policy)
-    _train(case, optimizer, 2)
-    undo()
-    applied.undo()
+    with ExitStack() as undo:
+        replaced = apply_plan(case.model, case.plan(), undo)
+        rebind_optimizers([optimizer], replaced, policy, undo)
+        _train(case, optimizer, 2)
     for n in replaced:
         if n in saved:
             parameter = case.model.get_parameter(n)
@@ -404,10 +401,10 @@ def test_optimizers_that_can_not_follow_are_refused(make: Any, message: str):
     good = optim.Adam(case.model.parameters())
     _train(case, good)
     bad = make(case.model.parameters())
-    applied = apply_plan(case.model, case.plan())
+    replaced = apply_plan(case.model, case.plan())
     held, states = _held(good), deepcopy(good.state_dict()["state"])
     with pytest.raises(UnsupportedOptimizerError, match=message):
-        rebind_optimizers([good, bad], applied)
+        rebind_optimizers([good, bad], replaced)
     assert all(a is b for a, b in zip(_held(good), held, strict=True))
     _assert_same_state(good.state_dict()["state"], states)
 
@@ -430,7 +427,7 @@ def test_a_failure_in_the_second_optimizer_restores_the_first(monkeypatch: pytes
     first, second = (optim.Adam(case.model.parameters()) for _ in range(2))
     _train(case, first)
     held, states = _held(first), deepcopy(first.state_dict()["state"])
-    applied = apply_plan(case.model, case.plan())
+    replaced = apply_plan(case.model, case.plan())
 
     class Full(dict):  # type: ignore[type-arg]
         def pop(self, *_: Any) -> Any:
@@ -438,7 +435,7 @@ def test_a_failure_in_the_second_optimizer_restores_the_first(monkeypatch: pytes
 
     second.state = Full(second.state)
     with pytest.raises(MemoryError):
-        rebind_optimizers([first, second], applied)
+        rebind_optimizers([first, second], replaced)
     assert all(a is b for a, b in zip(_held(first), held, strict=True))
     _assert_same_state(first.state_dict()["state"], states)
 
@@ -450,9 +447,9 @@ def test_selected_gradients_are_carried():
     case = SelectCase()
     case.loss().backward()
     old = case.model[2].weight.grad.clone()
-    applied = apply_plan(case.model, case.plan())
+    replaced = apply_plan(case.model, case.plan())
     assert case.model[2].weight.grad is None
-    carry_gradients(applied)
+    carry_gradients(replaced)
     assert torch.equal(case.model[2].weight.grad, old[:, KEEP])
 
 

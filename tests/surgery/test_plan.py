@@ -12,8 +12,6 @@ from torch import nn
 
 from lightning_compressm.errors import SurgeryError
 from lightning_compressm.nn import LRU
-from lightning_compressm.reduction.policy import ReductionPolicy
-from lightning_compressm.reduction.decision import propose
 from lightning_compressm.surgery.apply import apply_plan
 from lightning_compressm.surgery.plan import (
     Combine,
@@ -23,14 +21,15 @@ from lightning_compressm.surgery.plan import (
     SurgeryPlan,
     TensorEdit,
 )
+from tests.deciding import decided
 from tests.families.layers import PortedLRU
 from tests.surgery.models import SelectCase
 
 EVERY_RULE = SurgeryPlan(
     {
         "a": TensorEdit(torch.randn(2, 3), Select(0, torch.tensor([2, 0]))),
-        "b": TensorEdit(torch.randn(2), Refill(3.0)),
-        "c": TensorEdit(torch.randn(2), Contract(1, {"a": torch.randn(2, 3)}, 1.5)),
+        "b": TensorEdit(torch.randn(2), Refill()),
+        "c": TensorEdit(torch.randn(2), Contract(1, {"a": torch.randn(2, 3)})),
         "d": TensorEdit(
             torch.randn(2, dtype=torch.complex128),
             Combine(0, {":re": {"d:re": torch.randn(2, 4)}, ":im": {"d:im": torch.randn(2, 4)}}),
@@ -61,11 +60,11 @@ def _through_a_file(data: Any) -> Any:
 
 
 def _lru_plan() -> SurgeryPlan:
-    return propose(nn.Sequential(LRU(3, 12)), ReductionPolicy(state_dim=5)).plan
+    return decided(nn.Sequential(LRU(3, 12)), state_dim=5).plan
 
 
 def _port_plan() -> SurgeryPlan:
-    return propose(nn.Sequential(PortedLRU(3, 2, 12)), ReductionPolicy(state_dim=5)).plan
+    return decided(nn.Sequential(PortedLRU(3, 2, 12)), state_dim=5).plan
 
 
 @pytest.mark.parametrize(
@@ -93,7 +92,7 @@ def test_a_reloaded_plan_does_the_same():
     torch.manual_seed(1)
     models = [nn.Sequential(LRU(3, 12)) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
-    plan = propose(models[0], ReductionPolicy(state_dim=5)).plan
+    plan = decided(models[0], state_dim=5).plan
     apply_plan(models[0], plan)
     apply_plan(models[1], SurgeryPlan.from_dict(_through_a_file(plan.to_dict())))
     _assert_same(dict(models[0].state_dict()), dict(models[1].state_dict()))
@@ -107,13 +106,12 @@ def test_prefixed_renames_tensors_attributes_and_sources():
     contract, combine = (plan.edits[f"net.ssm.{n}"].moments for n in "cd")
     assert isinstance(contract, Contract)
     assert list(contract.weights) == ["net.ssm.a"]
-    assert contract.scale == 1.5
     assert isinstance(combine, Combine)
     assert {part: list(s) for part, s in combine.parts.items()} == {
         ":re": ["net.ssm.d:re"],
         ":im": ["net.ssm.d:im"],
     }
-    assert plan.edits["net.ssm.b"].moments.scale == 3.0
+    assert isinstance(plan.edits["net.ssm.b"].moments, Refill)
     assert EVERY_RULE.prefixed("") is EVERY_RULE
     assert sorted(EVERY_RULE.prefixed("b").prefixed("a").edits)[0] == "a.b.a"
 
