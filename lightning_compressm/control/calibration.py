@@ -19,6 +19,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from lightning_compressm._precision import double
 from lightning_compressm.control.hankel import hankel_singular_values
 from lightning_compressm.control.system import DiagonalLTI
 from lightning_compressm.errors import NonFiniteError
@@ -93,10 +94,7 @@ class SelectiveSignals:
 
     def double(self) -> SelectiveSignals:
         """The same in double precision: on the device, or on the CPU where it has none."""
-        device = "cpu" if self.x.device.type == "mps" else self.x.device
-        return SelectiveSignals(
-            *(getattr(self, f.name).detach().to(device, torch.float64) for f in fields(self))
-        )
+        return SelectiveSignals(*(double(getattr(self, f.name).detach()) for f in fields(self)))
 
 
 def state_chunks(signals: SelectiveSignals) -> Iterator[tuple[slice, Tensor]]:

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import Tensor
 
+from lightning_compressm._precision import back_to, with_cpu_fallback
 from lightning_compressm.control._factors import Gramian
 from lightning_compressm.control.gramians import check_horizon, gramians, real_gramians
 from lightning_compressm.control.system import DiagonalLTI
@@ -56,8 +57,7 @@ class Balancing:
 
     def single(self, index: int) -> Balancing:
         """Return one system of a bank with one leading dimension."""
-        s = self.system
-        one = DiagonalLTI(s.eigenvalues[index], s.B[index], s.C[index], s.real_output)
+        one = self.system.each(lambda tensor: tensor[index])
         factors = (self.controllability, self.observability, self.left, self.sigma, self.right)
         return Balancing(one, self.balance, self.horizon, *(f[index] for f in factors))
 
@@ -97,13 +97,8 @@ class Factors:
     @cached_property
     def balancing(self) -> Balancing:
         """What a truncation needs; leading dimensions are flattened into one."""
-        s, n = self.system, self.system.order
-        flat = DiagonalLTI(
-            s.eigenvalues.reshape(-1, n),
-            s.B.reshape(-1, n, s.n_inputs),
-            s.C.reshape(-1, s.n_outputs, n),
-            s.real_output,
-        )
+        batch = len(self.system.batch_shape)
+        flat = self.system.each(lambda tensor: tensor.reshape(-1, *tensor.shape[batch:]))
         size = self.controllability.shape[-1]
         l_p, l_q = (f.reshape(-1, size, size) for f in (self.controllability, self.observability))
         left, sigma, right_h = torch.linalg.svd(l_q.mH @ l_p)
@@ -121,11 +116,8 @@ def factorise(system: DiagonalLTI, balance: Balance, horizon: int | None) -> Fac
     check_balance(balance)
     if balance != "complex":
         system.require_real_output(f"balance={balance!r}")
-    detached = DiagonalLTI(
-        system.eigenvalues.detach(), system.B.detach(), system.C.detach(), system.real_output
-    )
     compute = partial(Factors.of, balance=balance, horizon=check_horizon(horizon))
-    return with_cpu_fallback(compute, detached.check())
+    return in_double(compute, system.each(Tensor.detach).check())
 
 
 def hankel_singular_values(
@@ -168,7 +160,7 @@ def hankel_singular_values(
     check_balance(balance)
     check_horizon(horizon)
     compute = partial(_singular_values, balance=balance, horizon=horizon)
-    return to_device(with_cpu_fallback(compute, system.check()), system.eigenvalues.device)
+    return back_to(in_double(compute, system.check()), system.eigenvalues.device)
 
 
 def per_state_energy(sigma: Tensor, balance: Balance = "real") -> Tensor:
@@ -210,25 +202,12 @@ def check_balance(balance: str) -> None:
         raise ValueError(f"expected balance 'real', 'folded' or 'complex', got {balance!r}")
 
 
-def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Move double precision values, unless the device can't hold them."""
-    return values if device.type == "mps" else values.to(device)
-
-
-def with_cpu_fallback(compute: Callable[[DiagonalLTI], _T], system: DiagonalLTI) -> _T:
+def in_double(compute: Callable[[DiagonalLTI], _T], system: DiagonalLTI) -> _T:
     """Compute in double precision on the system's device, or on the CPU if that one can't."""
-    device = system.eigenvalues.device.type
-    if device not in ("cpu", "mps"):
-        try:
-            return compute(system.double())
-        except torch.OutOfMemoryError:
-            raise  # the caller knows what else may move
-        except (RuntimeError, NotImplementedError):  # no such kernel there
-            pass
-    on_cpu = DiagonalLTI(
-        system.eigenvalues.cpu(), system.B.cpu(), system.C.cpu(), system.real_output
+    device = system.eigenvalues.device
+    return with_cpu_fallback(
+        lambda there: compute(system.each(lambda tensor: tensor.to(there)).double()), device
     )
-    return compute(on_cpu.double())
 
 
 def scaled_projections(

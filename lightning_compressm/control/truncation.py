@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_compressm._precision import back_to
 from lightning_compressm.control import _modal
 from lightning_compressm.control.gramians import impulse_energy
 from lightning_compressm.control.hankel import (
@@ -17,7 +18,6 @@ from lightning_compressm.control.hankel import (
     Balancing,
     Factors,
     factorise,
-    to_device,
 )
 from lightning_compressm.control.system import DiagonalLTI
 from lightning_compressm.errors import UnstableSystemError
@@ -201,14 +201,8 @@ def _moved(reduction: Reduction, device: torch.device) -> Reduction:
     for field in fields(Reduction):
         value = getattr(reduction, field.name)
         if isinstance(value, Tensor):
-            moved[field.name] = to_device(value, device)
-    s = reduction.system
-    system = DiagonalLTI(
-        to_device(s.eigenvalues, device),
-        to_device(s.B, device),
-        to_device(s.C, device),
-        s.real_output,
-    )
+            moved[field.name] = back_to(value, device)
+    system = reduction.system.each(lambda tensor: back_to(tensor, device))
     return replace(reduction, system=system, **moved)  # type: ignore[arg-type]
 
 
@@ -287,9 +281,7 @@ def _replace_worse(
 ) -> Tensor:
     """Put the infinite-horizon reduction in place of clamped ones that are worse."""
     assert job.horizon is not None
-    chosen = DiagonalLTI(
-        system.eigenvalues[unstable], system.B[unstable], system.C[unstable], system.real_output
-    )
+    chosen = system.each(lambda tensor: tensor[unstable])
     balancing = Factors.of(chosen, job.balance, None).balancing
     others, _ = _reduce_all(balancing, replace(job, horizon=None))
     worse = []

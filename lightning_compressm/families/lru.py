@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_compressm._precision import double
 from lightning_compressm.control import DiagonalLTI, Reduction
-from lightning_compressm.families._base import Family, double, tensor_of
+from lightning_compressm.families._base import Family, tensor_of
 from lightning_compressm.families._matrices import matrix_rules, matrix_values
 from lightning_compressm.families._registry import register_family
 from lightning_compressm.surgery.plan import Contract, MomentRule, Refill

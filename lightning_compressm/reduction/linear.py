@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lightning_compressm._precision import back_to
 from lightning_compressm.control import DiagonalLTI, Reduction, per_state_energy
-from lightning_compressm.control.hankel import Factors, factorise, to_device
+from lightning_compressm.control.hankel import Factors, factorise
 from lightning_compressm.control.truncation import truncate
 from lightning_compressm.families import Family
 from lightning_compressm.model.layers import SSMLayer
@@ -108,7 +109,7 @@ def analyse_linear(
         factors = factorise(system, balance, horizon)
         if not spectrum_only and (policy.state_dim or 0) < system.order:
             _ = factors.balancing  # gives the spectrum as well, so that it isn't computed twice
-        energy = per_state_energy(to_device(factors.sigma, system.eigenvalues.device), balance)
+        energy = per_state_energy(back_to(factors.sigma, system.eigenvalues.device), balance)
     return LinearAnalysis(layer, energy, family, factors)
 
 
