@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -92,6 +92,16 @@ class DiagonalLTI:
         """Leading dimensions: each index is a system of its own."""
         return self.eigenvalues.shape[:-1]
 
+    @staticmethod
+    def stack(systems: Sequence[DiagonalLTI]) -> DiagonalLTI:
+        """A bank of systems of one size, along a new leading dimension."""
+        return DiagonalLTI(
+            torch.stack([system.eigenvalues for system in systems]),
+            torch.stack([system.B for system in systems]),
+            torch.stack([system.C for system in systems]),
+            systems[0].real_output,
+        )
+
     def each(self, change: Callable[[Tensor], Tensor]) -> DiagonalLTI:
         """Return the system with ``change`` applied to each of its three tensors.
 
@@ -157,14 +167,17 @@ class DiagonalLTI:
             tensor([0.+0.5000j])
         """
         self.require_real_output("folding")
-        lower = self.eigenvalues.imag < 0 if self.eigenvalues.is_complex() else None
-        if lower is None:
+        if not self.eigenvalues.is_complex():
             return self
+        return self.conjugated(self.eigenvalues.imag < 0)
+
+    def conjugated(self, states: Tensor) -> DiagonalLTI:
+        """Conjugate the states in a mask ``(..., N)``; the real part of the output is the same."""
         return replace(
             self,
-            eigenvalues=torch.where(lower, self.eigenvalues.conj(), self.eigenvalues),
-            B=torch.where(lower.unsqueeze(-1), self.B.conj(), self.B),
-            C=torch.where(lower.unsqueeze(-2), self.C.conj(), self.C),
+            eigenvalues=torch.where(states, self.eigenvalues.conj(), self.eigenvalues),
+            B=torch.where(states.unsqueeze(-1), self.B.conj(), self.B),
+            C=torch.where(states.unsqueeze(-2), self.C.conj(), self.C),
         )
 
     def require_real_output(self, what: str) -> None:
@@ -175,11 +188,6 @@ class DiagonalLTI:
 
         Raises:
             ValueError: If ``real_output`` is false.
-
-        Example:
-            >>> import torch
-            >>> one = torch.ones(1, 1)
-            >>> DiagonalLTI(torch.zeros(1), one, one).require_real_output("folding")
         """
         if not self.real_output:
             raise ValueError(

@@ -104,8 +104,8 @@ class LRUFamily(Family):
         """B and C follow the change of basis, gamma by the chain rule; eigenvalues are refilled."""
         old = double(tensor_of(module, "gamma_log").detach()).exp()
         ratio = _gain(reduction.system)[:, None] / old[None, :]
-        into_b = (ratio * reduction.right.mH, ratio * reduction.right_conj.mT)
-        into_c = (reduction.left.conj(), reduction.left_conj.conj())
+        into_b = (ratio * part for part in reduction.basis.input_gradient())
+        into_c = reduction.basis.output_gradient()
         split = self._is_split(module)
         rules: dict[str, MomentRule] = {"nu_log": Refill(), "theta_log": Refill()}
         rules |= matrix_rules("B", 0, *into_b, split=split)
