@@ -82,8 +82,9 @@ def dominant_subspace(system: DiagonalLTI, size: int, horizon: int) -> Tensor:
     """
     reduction = balanced_truncation(system, size, horizon=horizon)
     # x is right x' + right_conj conj(x'): what x' = 1 and x' = i of each state become.
-    one = reduction.right + reduction.right_conj
-    i = 1j * (reduction.right - reduction.right_conj)
+    basis = reduction.basis
+    one = basis.right + basis.right_conj
+    i = 1j * (basis.right - basis.right_conj)
     columns = torch.cat([torch.cat([part.real, part.imag]) for part in (one, i)], 1)
     u, sigma, _ = torch.linalg.svd(columns, full_matrices=False)
     return u[:, sigma > _NEGLIGIBLE * sigma[0]]

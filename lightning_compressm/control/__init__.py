@@ -1,5 +1,6 @@
 """Control theory on tensors: systems, Gramians, Hankel singular values, balanced truncation."""
 
+from lightning_compressm.control.basis import ChangeOfBasis
 from lightning_compressm.control.gramians import gramians, real_gramians
 from lightning_compressm.control.hankel import hankel_singular_values, per_state_energy
 from lightning_compressm.control.order import constrain_order, order_for_energy, order_for_fraction
@@ -8,6 +9,7 @@ from lightning_compressm.control.system import DiagonalLTI
 from lightning_compressm.control.truncation import Reduction, balanced_truncation
 
 __all__ = [
+    "ChangeOfBasis",
     "DiagonalLTI",
     "Projection",
     "Reduction",

@@ -19,6 +19,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from lightning_compressm._precision import double
 from lightning_compressm.control.hankel import hankel_singular_values
 from lightning_compressm.control.system import DiagonalLTI
 from lightning_compressm.errors import NonFiniteError
@@ -93,10 +94,7 @@ class SelectiveSignals:
 
     def double(self) -> SelectiveSignals:
         """The same in double precision: on the device, or on the CPU where it has none."""
-        device = "cpu" if self.x.device.type == "mps" else self.x.device
-        return SelectiveSignals(
-            *(getattr(self, f.name).detach().to(device, torch.float64) for f in fields(self))
-        )
+        return SelectiveSignals(*(double(getattr(self, f.name).detach()) for f in fields(self)))
 
 
 def state_chunks(signals: SelectiveSignals) -> Iterator[tuple[slice, Tensor]]:
@@ -108,13 +106,6 @@ def state_chunks(signals: SelectiveSignals) -> Iterator[tuple[slice, Tensor]]:
     Yields:
         The steps as a slice, and the states after each of them, (batch, steps, G, D, N); they may
         be overwritten.
-
-    Example:
-        >>> import torch
-        >>> one = torch.ones(1, 2, 1, 1)
-        >>> signals = SelectiveSignals(one, torch.full((1, 1, 1), -1e3), one, one, one, one)
-        >>> [states.flatten().tolist() for _, states in state_chunks(signals)]
-        [[1.0, 1.0]]
     """
     batch, length, groups, channels = signals.x.shape
     state = signals.x.new_zeros(batch, groups, channels, signals.n_states)
@@ -224,15 +215,7 @@ def _statistics(signals: SelectiveSignals) -> SelectiveStatistics:
 
 
 def averaged_poles(statistics: SelectiveStatistics) -> Tensor:
-    """Poles of the time-invariant systems at the mean step size, (G, D, N) or (G, D, 1).
-
-    Example:
-        >>> import torch
-        >>> one = torch.ones(1, 2, 1, 1)
-        >>> signals = SelectiveSignals(one, torch.full((1, 1, 1), -1.0), one, one, one, one)
-        >>> averaged_poles(SelectiveStatistics.of([signals]))
-        tensor([[[0.3679]]], dtype=torch.float64)
-    """
+    """Poles of the time-invariant systems at the mean step size, (G, D, N) or (G, D, 1)."""
     mean = statistics.dt / statistics.count
     return torch.exp(mean.unsqueeze(-1) * statistics.A).clamp(max=_LARGEST_POLE)
 
@@ -281,15 +264,7 @@ def averaged_spectrum(statistics: SelectiveStatistics) -> Tensor:
 
 
 def channel_sizes(statistics: SelectiveStatistics) -> Tensor:
-    """Root mean squares of each channel's input and of its gate, multiplied; (G, D).
-
-    Example:
-        >>> import torch
-        >>> one = torch.ones(1, 2, 1, 1)
-        >>> signals = SelectiveSignals(one, torch.full((1, 1, 1), -1.0), one, one, one, 3 * one)
-        >>> channel_sizes(SelectiveStatistics.of([signals]))
-        tensor([[3.]], dtype=torch.float64)
-    """
+    """Root mean squares of each channel's input and of its gate, multiplied; (G, D)."""
     sizes: Tensor = (statistics.drive * statistics.weight).sqrt() / statistics.count
     return sizes
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lightning_compressm._rules import one_of
 from lightning_compressm.control.calibration import (
     SelectiveStatistics,
     averaged_poles,
@@ -66,8 +67,7 @@ def rank_states(
         >>> rank_states(SelectiveStatistics.of([signals]), "averaged_lti")
         tensor([[1, 2, 0]])
     """
-    if criterion not in CRITERIA:
-        raise ValueError(f"criterion: expected one of {', '.join(CRITERIA)}; got {criterion!r}.")
+    one_of(*CRITERIA).check("criterion", criterion)
     generator = generator or torch.Generator().manual_seed(0)
     importance = CRITERIA[criterion](statistics, generator)
     return importance.argsort(dim=-1, descending=True, stable=True)

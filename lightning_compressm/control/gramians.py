@@ -21,10 +21,6 @@ def check_horizon(horizon: int | None) -> int | None:
 
     Raises:
         ValueError: If it is neither None nor an integer of at least 1.
-
-    Example:
-        >>> check_horizon(64)
-        64
     """
     if horizon is None:
         return None

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from lightning_compressm._precision import back_to, with_cpu_fallback
 from lightning_compressm.control._factors import Gramian
-from lightning_compressm.control.gramians import check_horizon, gramians, real_gramians
+from lightning_compressm.control.balance import Balance, BalanceForm, form_of
+from lightning_compressm.control.gramians import check_horizon
 from lightning_compressm.control.system import DiagonalLTI
 from lightning_compressm.errors import NonFiniteError
 
 __all__ = [
-    "Balance",
     "Balancing",
     "Factors",
     "factorise",
@@ -24,7 +25,6 @@ __all__ = [
     "per_state_energy",
 ]
 
-Balance = Literal["real", "folded", "complex"]
 NEGLIGIBLE = 1e-14  # a Hankel singular value below this share of the largest one is rounding
 _T = TypeVar("_T")
 
@@ -34,9 +34,8 @@ class Balancing:
     """A system with the factors that every balanced truncation of it starts from.
 
     Attributes:
-        system: The double precision system that was balanced (conjugated states for "folded").
-        balance: "real", "folded" or "complex".
-        horizon: Number of steps, or None.
+        system: In double precision, as it was given.
+        form: What was balanced.
         controllability: Factor ``L_P`` with ``P = L_P L_P^H``, shape ``(..., M, M)``; M is 2N for
             the real form, else N.
         observability: Factor ``L_Q`` with ``Q = L_Q L_Q^H``, shape ``(..., M, M)``.
@@ -46,8 +45,7 @@ class Balancing:
     """
 
     system: DiagonalLTI
-    balance: Balance
-    horizon: int | None
+    form: BalanceForm
     controllability: Tensor
     observability: Tensor
     left: Tensor
@@ -56,10 +54,19 @@ class Balancing:
 
     def single(self, index: int) -> Balancing:
         """Return one system of a bank with one leading dimension."""
-        s = self.system
-        one = DiagonalLTI(s.eigenvalues[index], s.B[index], s.C[index], s.real_output)
+        one = self.system.each(lambda tensor: tensor[index])
         factors = (self.controllability, self.observability, self.left, self.sigma, self.right)
-        return Balancing(one, self.balance, self.horizon, *(f[index] for f in factors))
+        return Balancing(one, self.form, *(f[index] for f in factors))
+
+    def projections(self, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """To and from the balanced states ``kept`` of one system: ``T_l`` and ``T_r``."""
+        return scaled_projections(
+            self.controllability,
+            self.observability,
+            self.left[:, kept],
+            self.sigma[kept],
+            self.right[:, kept],
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,23 +75,23 @@ class Factors:
 
     Attributes:
         system: In double precision, with any leading dimensions.
-        balance: "real", "folded" or "complex".
+        form: What the Gramians are of.
         horizon: Number of steps, or None.
         controllability: As in :class:`Balancing`.
         observability: As in :class:`Balancing`.
     """
 
     system: DiagonalLTI
-    balance: Balance
+    form: BalanceForm
     horizon: int | None
     controllability: Tensor
     observability: Tensor
 
     @classmethod
-    def of(cls, system: DiagonalLTI, balance: Balance, horizon: int | None) -> Factors:
+    def of(cls, system: DiagonalLTI, form: BalanceForm, horizon: int | None) -> Factors:
         """Factorise the Gramians of a double precision system, on its device."""
-        p, q = _gramians_of(system, balance, horizon)
-        return cls(system, balance, horizon, p.factor(), q.factor())
+        p, q = _gramians_of(system, form, horizon)
+        return cls(system, form, horizon, p.factor(), q.factor())
 
     @cached_property
     def sigma(self) -> Tensor:
@@ -97,17 +104,12 @@ class Factors:
     @cached_property
     def balancing(self) -> Balancing:
         """What a truncation needs; leading dimensions are flattened into one."""
-        s, n = self.system, self.system.order
-        flat = DiagonalLTI(
-            s.eigenvalues.reshape(-1, n),
-            s.B.reshape(-1, n, s.n_inputs),
-            s.C.reshape(-1, s.n_outputs, n),
-            s.real_output,
-        )
+        batch = len(self.system.batch_shape)
+        flat = self.system.each(lambda tensor: tensor.reshape(-1, *tensor.shape[batch:]))
         size = self.controllability.shape[-1]
         l_p, l_q = (f.reshape(-1, size, size) for f in (self.controllability, self.observability))
         left, sigma, right_h = torch.linalg.svd(l_q.mH @ l_p)
-        return Balancing(flat, self.balance, self.horizon, l_p, l_q, left, sigma, right_h.mH)
+        return Balancing(flat, self.form, l_p, l_q, left, sigma, right_h.mH)
 
 
 def factorise(system: DiagonalLTI, balance: Balance, horizon: int | None) -> Factors:
@@ -118,14 +120,10 @@ def factorise(system: DiagonalLTI, balance: Balance, horizon: int | None) -> Fac
         UnstableSystemError: If an eigenvalue is on or outside the unit circle.
         ValueError: If ``balance`` or ``horizon`` is not valid for the system.
     """
-    check_balance(balance)
-    if balance != "complex":
-        system.require_real_output(f"balance={balance!r}")
-    detached = DiagonalLTI(
-        system.eigenvalues.detach(), system.B.detach(), system.C.detach(), system.real_output
-    )
-    compute = partial(Factors.of, balance=balance, horizon=check_horizon(horizon))
-    return with_cpu_fallback(compute, detached.check())
+    form = form_of(balance)
+    form.check(system)
+    compute = partial(Factors.of, form=form, horizon=check_horizon(horizon))
+    return in_double(compute, system.each(Tensor.detach).check())
 
 
 def hankel_singular_values(
@@ -165,10 +163,10 @@ def hankel_singular_values(
         >>> hankel_singular_values(system)
         tensor([1.3333, 0.0000], dtype=torch.float64)
     """
-    check_balance(balance)
-    check_horizon(horizon)
-    compute = partial(_singular_values, balance=balance, horizon=horizon)
-    return to_device(with_cpu_fallback(compute, system.check()), system.eigenvalues.device)
+    form = form_of(balance)
+    form.check(system)
+    compute = partial(_singular_values, form=form, horizon=check_horizon(horizon))
+    return back_to(in_double(compute, system.check()), system.eigenvalues.device)
 
 
 def per_state_energy(sigma: Tensor, balance: Balance = "real") -> Tensor:
@@ -193,42 +191,15 @@ def per_state_energy(sigma: Tensor, balance: Balance = "real") -> Tensor:
         >>> per_state_energy(torch.tensor([4.0, 3.0, 2.0, 1.0]), "real")
         tensor([7., 3.])
     """
-    check_balance(balance)
-    if balance != "real":
-        return sigma
-    if sigma.shape[-1] % 2:
-        raise ValueError(
-            "expected an even number of Hankel singular values for balance='real' (two for each "
-            f"state), got {sigma.shape[-1]}; were they computed with another balance?"
-        )
-    return sigma[..., 0::2] + sigma[..., 1::2]
+    return form_of(balance).energies(sigma)
 
 
-def check_balance(balance: str) -> None:
-    """Raise unless ``balance`` names a form."""
-    if balance not in get_args(Balance):
-        raise ValueError(f"expected balance 'real', 'folded' or 'complex', got {balance!r}")
-
-
-def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Move double precision values, unless the device can't hold them."""
-    return values if device.type == "mps" else values.to(device)
-
-
-def with_cpu_fallback(compute: Callable[[DiagonalLTI], _T], system: DiagonalLTI) -> _T:
+def in_double(compute: Callable[[DiagonalLTI], _T], system: DiagonalLTI) -> _T:
     """Compute in double precision on the system's device, or on the CPU if that one can't."""
-    device = system.eigenvalues.device.type
-    if device not in ("cpu", "mps"):
-        try:
-            return compute(system.double())
-        except torch.OutOfMemoryError:
-            raise  # the caller knows what else may move
-        except (RuntimeError, NotImplementedError):  # no such kernel there
-            pass
-    on_cpu = DiagonalLTI(
-        system.eigenvalues.cpu(), system.B.cpu(), system.C.cpu(), system.real_output
+    device = system.eigenvalues.device
+    return with_cpu_fallback(
+        lambda there: compute(system.each(lambda tensor: tensor.to(there)).double()), device
     )
-    return compute(on_cpu.double())
 
 
 def scaled_projections(
@@ -240,13 +211,10 @@ def scaled_projections(
 
 
 def _gramians_of(
-    system: DiagonalLTI, balance: Balance, horizon: int | None
+    system: DiagonalLTI, form: BalanceForm, horizon: int | None
 ) -> tuple[Gramian, Gramian]:
-    if balance == "real":
-        p, q = real_gramians(system, horizon=horizon)
-    else:
-        system = system.folded() if balance == "folded" else system
-        p, q = gramians(system, horizon=horizon)
+    system = form.written(system)
+    p, q = form.gramians(system, horizon)
     if not all(bool(torch.isfinite(g.detach()).all()) for g in (p, q)):
         raise NonFiniteError(
             "expected finite Gramians, got NaN or infinity although the parameters are finite; "
@@ -259,12 +227,12 @@ def _gramians_of(
     )
 
 
-def _singular_values(system: DiagonalLTI, balance: Balance, horizon: int | None) -> Tensor:
-    p, q = _gramians_of(system, balance, horizon)
+def _singular_values(system: DiagonalLTI, form: BalanceForm, horizon: int | None) -> Tensor:
+    p, q = _gramians_of(system, form, horizon)
     if p.matrix.requires_grad or q.matrix.requires_grad:
         values: Tensor = _SingularValues.apply(p.matrix, q.matrix, p, q)
         return values
-    return Factors(system, balance, horizon, p.factor(), q.factor()).sigma
+    return Factors(system, form, horizon, p.factor(), q.factor()).sigma
 
 
 class _SingularValues(torch.autograd.Function):

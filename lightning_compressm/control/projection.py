@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_compressm.control.basis import ChangeOfBasis
 from lightning_compressm.control.system import DiagonalLTI
 from lightning_compressm.control.truncation import Reduction
 
@@ -16,18 +17,15 @@ __all__ = ["Projection"]
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """The maps of a reduction without the system that it was made for.
+    """The change of basis of a reduction without the system that it was made for.
 
     A running average of a model's weights has to follow the model into its reduced coordinates;
     a reduction of its own would end in other ones, and averaging over both would mix unlike states.
 
     Attributes:
-        left: Shape ``(..., r, N)``, complex128; all maps as in :class:`Reduction`.
-        left_conj: Shape ``(..., r, N)``.
-        right: Shape ``(..., N, r)``.
-        right_conj: Shape ``(..., N, r)``.
-        eigenvalues: Those of the reduced system, ``(..., r)``.
-        B: Input matrix of the reduced system, ``(..., r, H)``.
+        basis: The maps between N states and the r of the reduced system.
+        eigenvalues: Those of the reduced system, ``(..., r)``, which padded states keep.
+        B: Input matrix of the reduced system, ``(..., r, H)``, likewise.
 
     Example:
         >>> from lightning_compressm.control import balanced_truncation
@@ -38,33 +36,23 @@ class Projection:
         True
     """
 
-    left: Tensor
-    left_conj: Tensor
-    right: Tensor
-    right_conj: Tensor
+    basis: ChangeOfBasis
     eigenvalues: Tensor
     B: Tensor
 
     @staticmethod
     def of(reduction: Reduction) -> Projection:
         """The projection that a reduction carried out."""
-        return Projection(
-            reduction.left,
-            reduction.left_conj,
-            reduction.right,
-            reduction.right_conj,
-            reduction.system.eigenvalues,
-            reduction.system.B,
-        )
+        return Projection(reduction.basis, reduction.system.eigenvalues, reduction.system.B)
 
     @staticmethod
     def from_dict(tensors: Mapping[str, Tensor]) -> Projection:
         """The inverse of :meth:`to_dict`."""
-        return Projection(**tensors)
+        return Projection(ChangeOfBasis.from_dict(tensors), tensors["eigenvalues"], tensors["B"])
 
     def to_dict(self) -> dict[str, Tensor]:
         """The tensors by name."""
-        return dict(vars(self))
+        return {**self.basis.to_dict(), "eigenvalues": self.eigenvalues, "B": self.B}
 
     def apply(self, system: DiagonalLTI) -> DiagonalLTI:
         """Project ``system``, whose N states are those of the system that was reduced.
@@ -79,33 +67,16 @@ class Projection:
         Returns:
             A system of r states, on the device of ``system``.
         """
-        maps = (self.left, self.left_conj, self.right, self.right_conj)
-        left, left_conj, right, right_conj = (m.to(system.B.device) for m in maps)
-        spare = ((left == 0) & (left_conj == 0)).all(-1)
-        old = self.eigenvalues.to(system.B.device)
-        eigenvalues = torch.where(
-            spare, old, _within(self._diagonal(system.eigenvalues), system, old)
+        device = system.B.device
+        basis = self.basis.each(lambda matrix: matrix.to(device))
+        spare, old = basis.padding(), self.eigenvalues.to(device)
+        eigenvalues = _within(basis.diagonal(system.eigenvalues), system, old)
+        return DiagonalLTI(
+            torch.where(spare, old, eigenvalues),
+            torch.where(spare.unsqueeze(-1), self.B.to(device), basis.inputs(system.B)),
+            basis.outputs(system.C),
+            system.real_output,
         )
-        b = left @ system.B + left_conj @ system.B.conj()
-        b = torch.where(spare.unsqueeze(-1), self.B.to(b.device), b)
-        c = system.C @ right + system.C.conj() @ right_conj.conj()
-        return DiagonalLTI(eigenvalues, b, c, system.real_output)
-
-    def _diagonal(self, eigenvalues: Tensor) -> Tensor:
-        """The diagonal of ``x' -> left (Lambda x) + left_conj conj(Lambda x)``, x from x'."""
-        device = eigenvalues.device
-        left, left_conj = self.left.to(device), self.left_conj.to(device)
-        right, right_conj = self.right.mT.to(device), self.right_conj.mT.to(device)
-        value, mirrored = eigenvalues.unsqueeze(-1), eigenvalues.conj().unsqueeze(-1)
-
-        def product(matrix: Tensor, vector: Tensor) -> Tensor:
-            return (matrix @ vector).squeeze(-1)
-
-        linear = product(left * right, value) + product(left_conj * right_conj.conj(), mirrored)
-        # A real state is its own conjugate and holds half of its mode in each of the two maps.
-        conjugate = product(left * right_conj, value) + product(left_conj * right.conj(), mirrored)
-        is_real = (left_conj == left.conj()).all(-1)
-        return torch.where(is_real, (linear + conjugate).real.to(linear.dtype), linear)
 
 
 def _within(eigenvalues: Tensor, system: DiagonalLTI, old: Tensor) -> Tensor:

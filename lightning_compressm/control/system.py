@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from lightning_compressm._precision import double
 from lightning_compressm.control._kernel import unit_gap
 from lightning_compressm.errors import NonFiniteError, UnstableSystemError
 
@@ -90,20 +92,32 @@ class DiagonalLTI:
         """Leading dimensions: each index is a system of its own."""
         return self.eigenvalues.shape[:-1]
 
-    def double(self) -> DiagonalLTI:
-        """Return the system in complex128, on the same device.
+    @staticmethod
+    def stack(systems: Sequence[DiagonalLTI]) -> DiagonalLTI:
+        """A bank of systems of one size, along a new leading dimension."""
+        return DiagonalLTI(
+            torch.stack([system.eigenvalues for system in systems]),
+            torch.stack([system.B for system in systems]),
+            torch.stack([system.C for system in systems]),
+            systems[0].real_output,
+        )
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> DiagonalLTI:
+        """Return the system with ``change`` applied to each of its three tensors.
 
         Example:
             >>> import torch
-            >>> DiagonalLTI(torch.zeros(1), torch.ones(1, 1), torch.ones(1, 1)).double().B.dtype
-            torch.complex128
+            >>> bank = DiagonalLTI(torch.zeros(5, 2), torch.ones(5, 2, 1), torch.ones(5, 1, 2))
+            >>> bank.each(lambda tensor: tensor[3]).batch_shape
+            torch.Size([])
         """
-        return replace(
-            self,
-            eigenvalues=self.eigenvalues.to(torch.complex128),
-            B=self.B.to(torch.complex128),
-            C=self.C.to(torch.complex128),
+        return DiagonalLTI(
+            change(self.eigenvalues), change(self.B), change(self.C), self.real_output
         )
+
+    def double(self) -> DiagonalLTI:
+        """Return the system in complex128: on its device, or on the CPU where that has none."""
+        return self.each(lambda tensor: double(tensor).to(torch.complex128))
 
     def check(self) -> DiagonalLTI:
         """Return the system itself if all is finite and every eigenvalue is inside the unit circle.
@@ -127,7 +141,7 @@ class DiagonalLTI:
                     f"expected finite {name}, got {bad} NaN or infinite entries; the training run "
                     "has probably diverged: lower the learning rate or use an earlier checkpoint"
                 )
-        eigenvalues = self.eigenvalues.detach().to(torch.complex128)
+        eigenvalues = double(self.eigenvalues.detach()).to(torch.complex128)
         unstable = int((unit_gap(eigenvalues) <= 0).sum())
         if unstable:
             raise UnstableSystemError(
@@ -153,14 +167,17 @@ class DiagonalLTI:
             tensor([0.+0.5000j])
         """
         self.require_real_output("folding")
-        lower = self.eigenvalues.imag < 0 if self.eigenvalues.is_complex() else None
-        if lower is None:
+        if not self.eigenvalues.is_complex():
             return self
+        return self.conjugated(self.eigenvalues.imag < 0)
+
+    def conjugated(self, states: Tensor) -> DiagonalLTI:
+        """Conjugate the states in a mask ``(..., N)``; the real part of the output is the same."""
         return replace(
             self,
-            eigenvalues=torch.where(lower, self.eigenvalues.conj(), self.eigenvalues),
-            B=torch.where(lower.unsqueeze(-1), self.B.conj(), self.B),
-            C=torch.where(lower.unsqueeze(-2), self.C.conj(), self.C),
+            eigenvalues=torch.where(states, self.eigenvalues.conj(), self.eigenvalues),
+            B=torch.where(states.unsqueeze(-1), self.B.conj(), self.B),
+            C=torch.where(states.unsqueeze(-2), self.C.conj(), self.C),
         )
 
     def require_real_output(self, what: str) -> None:
@@ -171,11 +188,6 @@ class DiagonalLTI:
 
         Raises:
             ValueError: If ``real_output`` is false.
-
-        Example:
-            >>> import torch
-            >>> one = torch.ones(1, 1)
-            >>> DiagonalLTI(torch.zeros(1), one, one).require_real_output("folding")
         """
         if not self.real_output:
             raise ValueError(
@@ -224,17 +236,17 @@ class DiagonalLTI:
             >>> DiagonalLTI(torch.tensor([0.5]), one, one).frequency_response(torch.zeros(1))
             tensor([[[2.+0.j]]], dtype=torch.complex128)
         """
-        omega = torch.as_tensor(omega, dtype=torch.float64, device=self.eigenvalues.device)
-        response = self._response(omega)
+        full = self.double()
+        omega = torch.as_tensor(omega, dtype=torch.float64, device=full.eigenvalues.device)
+        response = full._response(omega)
         if self.real_output:
-            response = (response + self._response(-omega).conj()) / 2
+            response = (response + full._response(-omega).conj()) / 2
         return response
 
     def _response(self, omega: Tensor) -> Tensor:
-        full = self.double()
         back = torch.polar(torch.ones_like(omega), -omega)
-        resolvent = 1 / (1 - back.unsqueeze(-1) * full.eigenvalues.unsqueeze(-2))
-        return (full.C.unsqueeze(-3) * resolvent.unsqueeze(-2)) @ full.B.unsqueeze(-3)
+        resolvent = 1 / (1 - back.unsqueeze(-1) * self.eigenvalues.unsqueeze(-2))
+        return (self.C.unsqueeze(-3) * resolvent.unsqueeze(-2)) @ self.B.unsqueeze(-3)
 
     def impulse_response(self, length: int) -> Tensor:
         """Return ``C Lambda^t B`` (its real part with ``real_output``) for ``t = 0 .. length - 1``.

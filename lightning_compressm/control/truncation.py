@@ -3,79 +3,63 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lightning_compressm.control import _modal
-from lightning_compressm.control.gramians import impulse_energy
-from lightning_compressm.control.hankel import (
-    NEGLIGIBLE,
-    Balance,
-    Balancing,
-    Factors,
-    factorise,
-    to_device,
-)
+from lightning_compressm._precision import back_to
+from lightning_compressm._rules import one_of
+from lightning_compressm.control._modal import ModalForm, all_states, no_states, spare_states
+from lightning_compressm.control._stable import output_error, stabilised
+from lightning_compressm.control.balance import Balance, BalanceForm
+from lightning_compressm.control.basis import ChangeOfBasis
+from lightning_compressm.control.hankel import NEGLIGIBLE, Balancing, Factors, factorise
 from lightning_compressm.control.system import DiagonalLTI
-from lightning_compressm.errors import UnstableSystemError
+from lightning_compressm.errors import NonFiniteError
 
 __all__ = ["Reduction", "Selection", "balanced_truncation", "truncate"]
 
 Selection = Literal["largest", "smallest", "random"]
-_ROUNDING = 1e-8  # how far outside the unit circle a pole may land by rounding alone
 
 
 @dataclass(frozen=True, eq=False)
 class Reduction:
     """A reduced system and how its states relate to the original ones.
 
-    The maps are widely linear: ``x' = left @ x + left_conj @ conj(x)`` and ``x ~ right @ x' +
-    right_conj @ conj(x')``. The conjugate parts are zero for ``balance="complex"``, mark conjugated
-    states for "folded", and belong to the real form for "real". Then ``B' = left @ B + left_conj @
-    conj(B)`` and ``C' = C @ right + conj(C) @ conj(right_conj)``. The state of a real pole of the
-    real form stays real. Rows and columns of padded states (the last ``order - rank``) are zero.
+    With ``basis``, ``B' = basis.inputs(B)`` and ``C' = basis.outputs(C)`` but for padded states,
+    whose rows and columns are zero there. Its conjugate parts are zero for ``balance="complex"``,
+    mark conjugated states for "folded", and belong to the real form for "real". The state of a real
+    pole of the real form stays real.
 
     Attributes:
         system: Reduced system of ``order`` states, complex128.
-        left: Shape ``(..., r, N)``, complex128.
-        left_conj: Shape ``(..., r, N)``, complex128.
-        right: Shape ``(..., N, r)``, complex128.
-        right_conj: Shape ``(..., N, r)``, complex128.
+        basis: The maps between the N original states and those of ``system``, complex128.
         sigma: All Hankel singular values, ``(..., 2N)`` for "real", else ``(..., N)``, float64.
         bound: Upper bound ``2 * sum(discarded sigma)`` of the H-infinity error, shape ``(...)``;
             None where no theorem holds (time-limited, or not the largest states kept).
         energy_kept: Share of the sum of sigma that was kept, shape ``(...)``, in [0, 1].
-        rank: Number of states that are not padding, shape ``(...)``, int64.
-        fell_back: Systems whose time-limited reduction was unstable and worse than the infinite one
-            that replaces it, shape ``(...)``, bool.
-        horizon: As used: None also if every system fell back.
+        horizon: As used: None also where the infinite-horizon reduction, being better and stable,
+            replaced the time-limited one of every system.
         balance: As used.
-        selection: As used.
 
     Example:
         >>> import torch
         >>> system = DiagonalLTI(torch.tensor([0.9, 0.1]), torch.ones(2, 1), torch.ones(1, 2))
         >>> reduction = balanced_truncation(system, 1)
-        >>> reduction.system.order, reduction.left.shape, reduction.right.shape
+        >>> reduction.system.order, reduction.basis.left.shape, reduction.basis.right.shape
         (1, torch.Size([1, 2]), torch.Size([2, 1]))
     """
 
     system: DiagonalLTI
-    left: Tensor
-    left_conj: Tensor
-    right: Tensor
-    right_conj: Tensor
+    basis: ChangeOfBasis
     sigma: Tensor
     bound: Tensor | None
     energy_kept: Tensor
-    rank: Tensor
-    fell_back: Tensor
     horizon: int | None
-    balance: Balance
-    selection: Selection
+    balance: str
 
     @property
     def order(self) -> int:
@@ -161,24 +145,16 @@ def truncate(
 
     Raises:
         As :func:`balanced_truncation`.
-
-    Example:
-        >>> system = DiagonalLTI(torch.tensor([0.9, 0.1]), torch.ones(2, 1), torch.ones(1, 2))
-        >>> factors = factorise(system, "real", None)
-        >>> truncate(factors, 1).order, factors.sigma.shape
-        (1, torch.Size([4]))
     """
-    if selection not in get_args(Selection):
-        raise ValueError(f"expected selection 'largest', 'smallest' or 'random', got {selection!r}")
+    one_of(*get_args(Selection)).check("selection", selection)
     order = _check_order(order, factors.system.order)
-    job = _Job(order, factors.balance, factors.horizon, selection, generator)
-    return _truncate(factors, job)
+    return _truncate(factors, _Job(order, factors.form, factors.horizon, selection, generator))
 
 
 @dataclass(frozen=True)
 class _Job:
     order: int
-    balance: Balance
+    form: BalanceForm
     horizon: int | None
     selection: Selection
     generator: torch.Generator | None
@@ -197,34 +173,29 @@ def _check_order(order: int, n: int) -> int:
 
 
 def _moved(reduction: Reduction, device: torch.device) -> Reduction:
-    moved: dict[str, Tensor] = {}
-    for field in fields(Reduction):
-        value = getattr(reduction, field.name)
-        if isinstance(value, Tensor):
-            moved[field.name] = to_device(value, device)
-    s = reduction.system
-    system = DiagonalLTI(
-        to_device(s.eigenvalues, device),
-        to_device(s.B, device),
-        to_device(s.C, device),
-        s.real_output,
+    def move(tensor: Tensor) -> Tensor:
+        return back_to(tensor, device)
+
+    return replace(
+        reduction,
+        system=reduction.system.each(move),
+        basis=reduction.basis.each(move),
+        sigma=move(reduction.sigma),
+        bound=None if reduction.bound is None else move(reduction.bound),
+        energy_kept=move(reduction.energy_kept),
     )
-    return replace(reduction, system=system, **moved)  # type: ignore[arg-type]
 
 
 def _truncate(factors: Factors, job: _Job) -> Reduction:
     balancing = factors.balancing
-    flat, sigma = balancing.system, balancing.sigma.clone()
+    sigma = balancing.sigma.clone()
     forms, unstable = _reduce_all(balancing, job)
-    fell_back = torch.zeros(len(forms), dtype=torch.bool, device=sigma.device)
-    if unstable:
-        fell_back[unstable] = _replace_worse(flat, forms, sigma, unstable, job)
-    horizon = None if bool(fell_back.all()) else job.horizon
-    batch = factors.system.batch_shape
-    return _assemble(flat, forms, sigma, fell_back, replace(job, horizon=horizon), batch)
+    if unstable and _replace_worse(balancing.system, forms, sigma, unstable, job) == len(forms):
+        job = replace(job, horizon=None)
+    return _assemble(forms, sigma, job, factors.system.batch_shape)
 
 
-def _reduce_all(balancing: Balancing, job: _Job) -> tuple[list[_modal.ModalForm], list[int]]:
+def _reduce_all(balancing: Balancing, job: _Job) -> tuple[list[ModalForm], list[int]]:
     """Reduce every system; also name those whose poles had to be clamped."""
     forms, unstable = [], []
     for index in range(len(balancing.sigma)):
@@ -235,20 +206,40 @@ def _reduce_all(balancing: Balancing, job: _Job) -> tuple[list[_modal.ModalForm]
     return forms, unstable
 
 
-def _reduce(balancing: Balancing, job: _Job) -> tuple[_modal.ModalForm, bool]:
+def _reduce(balancing: Balancing, job: _Job) -> tuple[ModalForm, bool]:
     system = balancing.system
     if job.order == system.order:
-        return _modal.identity(system, job.balance), False
-    form = _modal.modal_form(balancing, _select(balancing.sigma, job), job.order).canonical()
-    form, clamped = _stabilised(form, system, job.horizon)
-    form = form.padded(job.order, system)
-    return (form if job.balance == "complex" else form.upper()), clamped
+        kept = torch.arange(len(balancing.sigma), device=system.B.device)
+        return job.form.finished(all_states(system, kept)), False
+    kept = _select(balancing.sigma, job)
+    if len(kept) == 0:
+        form, clamped = no_states(system, kept, job.order), False
+    else:
+        modes = _modes(balancing, kept, job.order).canonical()
+        form, clamped = stabilised(modes, system, job.horizon)
+        missing = job.order - form.system.order
+        form = form.joined(spare_states(system, missing)) if missing else form
+    return job.form.finished(form), clamped
+
+
+def _modes(balancing: Balancing, kept: Tensor, order: int) -> ModalForm:
+    """Truncate one balanced system to the states ``kept`` and diagonalise it again."""
+    t_l, t_r = balancing.projections(kept)
+    form = balancing.form.modes(balancing.system, t_l, t_r, kept, order)
+    s, basis = form.system, form.basis
+    parts = (s.eigenvalues, s.B, s.C, basis.left, basis.left_conj, basis.right)
+    if not all(bool(torch.isfinite(part).all()) for part in parts):
+        raise NonFiniteError(
+            f"expected finite matrices, got NaN or infinity in the reduction to order {order}; "
+            "keep the layer as it is, or ask for fewer states"
+        )
+    return form
 
 
 def _select(sigma: Tensor, job: _Job) -> Tensor:
     """Indices of the balanced states to keep, the first to drop last."""
     alive = int((sigma > NEGLIGIBLE * sigma[0]).sum())
-    count = min(job.order * (2 if job.balance == "real" else 1), alive)
+    count = min(job.order * job.form.states_each, alive)
     if job.selection == "largest":
         return torch.arange(count, device=sigma.device)
     if job.selection == "smallest":
@@ -258,72 +249,27 @@ def _select(sigma: Tensor, job: _Job) -> Tensor:
     return shuffled[:count].to(sigma.device)
 
 
-def _stabilised(
-    form: _modal.ModalForm, system: DiagonalLTI, horizon: int | None
-) -> tuple[_modal.ModalForm, bool]:
-    """Clamp radii; tell whether that was more than rounding."""
-    radius, limit = form.eigenvalues.abs(), system.eigenvalues.abs().max()
-    # A pole ten times closer to the circle than any before would not survive single precision.
-    allowed = 1.0 if horizon is None else float(1 - (1 - limit) / 10)
-    outside = radius >= allowed
-    if not bool(outside.any()):
-        return form, False
-    largest = float(radius.max())
-    if horizon is None and largest > 1 + _ROUNDING:
-        raise UnstableSystemError(
-            f"expected a stable reduced system, got a pole of modulus {largest:.9g} at order "
-            f"{form.rank}; keep the layer, or choose another order"
-        )
-    scale = torch.where(outside, limit / radius, 1)
-    return replace(form, eigenvalues=form.eigenvalues * scale), horizon is not None
-
-
 def _replace_worse(
-    system: DiagonalLTI,
-    forms: list[_modal.ModalForm],
-    sigma: Tensor,
-    unstable: list[int],
-    job: _Job,
-) -> Tensor:
-    """Put the infinite-horizon reduction in place of clamped ones that are worse."""
+    system: DiagonalLTI, forms: list[ModalForm], sigma: Tensor, unstable: list[int], job: _Job
+) -> int:
+    """Put the infinite-horizon reduction in place of clamped ones that are worse; count them."""
     assert job.horizon is not None
-    chosen = DiagonalLTI(
-        system.eigenvalues[unstable], system.B[unstable], system.C[unstable], system.real_output
-    )
-    balancing = Factors.of(chosen, job.balance, None).balancing
+    chosen = system.each(lambda tensor: tensor[unstable])
+    balancing = Factors.of(chosen, job.form, None).balancing
     others, _ = _reduce_all(balancing, replace(job, horizon=None))
-    worse = []
+    replaced = 0
     for row, index in enumerate(unstable):
         single = balancing.single(row).system
-        clamped = _output_error(single, forms[index], job.horizon)
-        worse.append(_output_error(single, others[row], job.horizon) < clamped)
-        if worse[-1]:
+        clamped = output_error(single, forms[index].system, job.horizon)
+        if output_error(single, others[row].system, job.horizon) < clamped:
             forms[index], sigma[index] = others[row], balancing.sigma[row]
-    return torch.tensor(worse, device=sigma.device)
+            replaced += 1
+    return replaced
 
 
-def _output_error(system: DiagonalLTI, form: _modal.ModalForm, horizon: int) -> float:
-    """Squared energy of the impulse response's error over the horizon."""
-    error = DiagonalLTI(
-        torch.cat([system.eigenvalues, form.eigenvalues]),
-        torch.cat([system.B, form.B]),
-        torch.cat([system.C, -form.C], -1),
-        system.real_output,
-    )
-    return float(impulse_energy(error, horizon=horizon))
-
-
-def _assemble(
-    system: DiagonalLTI,
-    forms: list[_modal.ModalForm],
-    sigma: Tensor,
-    fell_back: Tensor,
-    job: _Job,
-    batch: torch.Size,
-) -> Reduction:
-    def gather(name: str) -> Tensor:
-        parts = torch.stack([getattr(form, name) for form in forms])
-        return parts.reshape(*batch, *parts.shape[1:])
+def _assemble(forms: Sequence[ModalForm], sigma: Tensor, job: _Job, batch: torch.Size) -> Reduction:
+    def unflattened(tensor: Tensor) -> Tensor:
+        return tensor.reshape((*batch, *tensor.shape[1:]))
 
     mask = torch.zeros_like(sigma, dtype=torch.bool)
     for row, form in zip(mask, forms, strict=True):
@@ -333,17 +279,11 @@ def _assemble(
     energy = torch.where(total > 0, kept / total, 1.0)
     certain = job.horizon is None and job.selection == "largest"
     return Reduction(
-        system=DiagonalLTI(gather("eigenvalues"), gather("B"), gather("C"), system.real_output),
-        left=gather("left"),
-        left_conj=gather("left_conj"),
-        right=gather("right"),
-        right_conj=gather("right_conj"),
-        sigma=sigma.reshape(*batch, -1),
-        bound=(2 * lost).reshape(batch) if certain else None,
-        energy_kept=energy.reshape(batch),
-        rank=torch.tensor([form.rank for form in forms], device=sigma.device).reshape(batch),
-        fell_back=fell_back.reshape(batch),
+        system=DiagonalLTI.stack([form.system for form in forms]).each(unflattened),
+        basis=ChangeOfBasis.stack([form.basis for form in forms]).each(unflattened),
+        sigma=unflattened(sigma),
+        bound=unflattened(2 * lost) if certain else None,
+        energy_kept=unflattened(energy),
         horizon=job.horizon,
-        balance=job.balance,
-        selection=job.selection,
+        balance=job.form.name,
     )

@@ -233,15 +233,3 @@ def shape_source(module: nn.Module, name: str) -> Tensor:
     path, _, key = name.rpartition(".")
     tensor: Tensor = getattr(module.get_submodule(path), key)
     return tensor
-
-
-def double(tensor: Tensor) -> Tensor:
-    """In double precision, real or complex: on the tensor's device, or on the CPU without it.
-
-    Example:
-        >>> import torch
-        >>> double(torch.zeros(2, dtype=torch.complex64)).dtype
-        torch.complex128
-    """
-    wide = torch.complex128 if tensor.is_complex() else torch.float64
-    return tensor.to("cpu" if tensor.device.type == "mps" else tensor.device, wide)

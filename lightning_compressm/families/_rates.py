@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_compressm.families._base import double, shape_source
+from lightning_compressm._precision import double
+from lightning_compressm.families._base import shape_source
 from lightning_compressm.families._selective import SelectiveFamily
 
 __all__ = ["RatesFamily", "with_readout"]

@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_compressm._precision import double
 from lightning_compressm.control import DiagonalLTI, Reduction
-from lightning_compressm.families._base import Family, double, tensor_of
+from lightning_compressm.families._base import Family, tensor_of
 from lightning_compressm.families._matrices import matrix_rules, matrix_values
 from lightning_compressm.families._registry import register_family
 from lightning_compressm.surgery.plan import Contract, MomentRule, Refill
@@ -103,8 +104,8 @@ class LRUFamily(Family):
         """B and C follow the change of basis, gamma by the chain rule; eigenvalues are refilled."""
         old = double(tensor_of(module, "gamma_log").detach()).exp()
         ratio = _gain(reduction.system)[:, None] / old[None, :]
-        into_b = (ratio * reduction.right.mH, ratio * reduction.right_conj.mT)
-        into_c = (reduction.left.conj(), reduction.left_conj.conj())
+        into_b = (ratio * part for part in reduction.basis.input_gradient())
+        into_c = reduction.basis.output_gradient()
         split = self._is_split(module)
         rules: dict[str, MomentRule] = {"nu_log": Refill(), "theta_log": Refill()}
         rules |= matrix_rules("B", 0, *into_b, split=split)

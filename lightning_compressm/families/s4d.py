@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_compressm._precision import double
 from lightning_compressm.control import DiagonalLTI
 from lightning_compressm.errors import UnsupportedLayerError
-from lightning_compressm.families._base import Family, double, tensor_of
+from lightning_compressm.families._base import Family, tensor_of
 from lightning_compressm.families._continuous import to_continuous, to_discrete
 from lightning_compressm.families._registry import register_family
 from lightning_compressm.nn._discretize import DISCRETIZATIONS

@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_compressm._precision import double
 from lightning_compressm.control import DiagonalLTI, Reduction
 from lightning_compressm.errors import UnsupportedLayerError
-from lightning_compressm.families._base import Family, double, tensor_of
+from lightning_compressm.families._base import Family, tensor_of
 from lightning_compressm.families._continuous import to_continuous, to_discrete
 from lightning_compressm.families._matrices import matrix_rules, matrix_values
 from lightning_compressm.families._registry import register_family
@@ -135,15 +136,17 @@ class S5Family(Family):
         """B and C follow the change of basis and of gains; Lambda and the steps are refilled."""
         rules: dict[str, MomentRule] = {name: Refill() for name in values}
         split = _is_split(module)
-        left, left_conj = reduction.left.conj(), reduction.left_conj.conj()
+        linear, conjugate = reduction.basis.output_gradient()
         if _is_bidirectional(module):
-            left, left_conj = (_twice(matrix) for matrix in (left, left_conj))
-        rules |= matrix_rules("C", 1, left, left_conj, split=split)
+            linear, conjugate = _twice(linear), _twice(conjugate)
+        rules |= matrix_rules("C", 1, linear, conjugate, split=split)
         if split:  # pairs along a last dimension can't be combined
             old, new = self._gains(module, reduction)
-            linear = new.conj().unsqueeze(-1) * reduction.right.mH / old.conj()
-            conjugate = new.conj().unsqueeze(-1) * reduction.right_conj.mT / old
-            rules |= matrix_rules("B", 0, linear, conjugate, split=True)
+            linear, conjugate = reduction.basis.input_gradient()
+            gain = new.conj().unsqueeze(-1)
+            rules |= matrix_rules(
+                "B", 0, gain * linear / old.conj(), gain * conjugate / old, split=True
+            )
         return rules
 
     def entries(self, module: nn.Module, index: Tensor) -> dict[str, tuple[int, Tensor]]:
@@ -161,7 +164,7 @@ class S5Family(Family):
 
     def _gains(self, module: nn.Module, reduction: Reduction) -> tuple[Tensor, Tensor]:
         """Input gains of the old and of the new states."""
-        method, device = _discretization(module), reduction.left.device
+        method, device = _discretization(module), reduction.system.B.device
         decay, frequency, log_step = (
             double(tensor_of(module, name).detach()).to(device)
             for name in ("log_Lambda_re", "Lambda_im", "log_step")

@@ -10,7 +10,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from lightning_compressm.control.hankel import to_device
+from lightning_compressm._precision import back_to
 from lightning_compressm.errors import (
     CompreSSMError,
     IllConditionedError,
@@ -134,7 +134,7 @@ def measure_spectra(
     spectra: dict[str, Tensor] = {}
     for i, outcome in processes.map(work.look, alike, _told).items():
         if outcome.value is not None:
-            spectra[own[i].name] = to_device(outcome.value.sigma, own[i].device)
+            spectra[own[i].name] = back_to(outcome.value.sigma, own[i].device)
         elif leave_out:
             _warn(own[i], outcome.failure)
         else:

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lightning_compressm._precision import back_to
 from lightning_compressm.control import DiagonalLTI, Reduction, per_state_energy
-from lightning_compressm.control.hankel import Factors, factorise, to_device
+from lightning_compressm.control.balance import Balance
+from lightning_compressm.control.hankel import Factors, factorise
 from lightning_compressm.control.truncation import truncate
 from lightning_compressm.families import Family
 from lightning_compressm.model.layers import SSMLayer
@@ -15,12 +17,7 @@ from lightning_compressm.reduction.analysis import Analysis, Cut, analyses
 from lightning_compressm.reduction.events import LayerEvent
 from lightning_compressm.reduction.failures import numerics
 from lightning_compressm.reduction.order import Order
-from lightning_compressm.reduction.policy import (
-    Balance,
-    BalanceChoice,
-    HorizonChoice,
-    ReductionPolicy,
-)
+from lightning_compressm.reduction.policy import BalanceChoice, HorizonChoice, ReductionPolicy
 from lightning_compressm.reduction.processes import Processes
 from lightning_compressm.reduction.recorder import Seen
 
@@ -45,7 +42,7 @@ class LinearAnalysis(Analysis):
         with numerics():
             reduction = self._reduce_within(order, policy, seed)
         if reduction is None:
-            used = {"balance": self.factors.balance, "horizon": self.factors.horizon}
+            used = {"balance": self.factors.form.name, "horizon": self.factors.horizon}
             return Cut(LayerEvent.skip(self.layer, reason=order.needed(), **used))
         kept, total = _energies(reduction)
         event = LayerEvent.reduce(
@@ -108,7 +105,7 @@ def analyse_linear(
         factors = factorise(system, balance, horizon)
         if not spectrum_only and (policy.state_dim or 0) < system.order:
             _ = factors.balancing  # gives the spectrum as well, so that it isn't computed twice
-        energy = per_state_energy(to_device(factors.sigma, system.eigenvalues.device), balance)
+        energy = per_state_energy(back_to(factors.sigma, system.eigenvalues.device), balance)
     return LinearAnalysis(layer, energy, family, factors)
 
 

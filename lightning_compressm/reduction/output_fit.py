@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from lightning_compressm._precision import double
 from lightning_compressm.reduction.processes import Processes
 
 __all__ = ["fit_output", "output_error"]
@@ -124,10 +125,9 @@ def _add_up_at_once(tensors: Sequence[Tensor], processes: Processes) -> list[Ten
 
 def _sums(output: Tensor, wanted: Tensor) -> Tensor:
     """Sums of squares of the difference and of what was wanted."""
-    wide = "cpu" if output.device.type == "mps" else output.device
-    output, wanted = (t.to(wide, torch.float64) for t in (output, wanted))
+    output, wanted = double(output), double(wanted)
     return torch.stack([(output - wanted).square().sum(), wanted.square().sum()])
 
 
 def _size(tensor: Tensor) -> float:
-    return float(tensor.detach().double().square().mean().sqrt()) or 1.0
+    return float(double(tensor.detach()).square().mean().sqrt()) or 1.0

@@ -17,14 +17,14 @@ from lightning_compressm._rules import (
     one_of,
     optional,
 )
+from lightning_compressm.control.balance import BALANCES, Balance
 from lightning_compressm.control.criteria import CRITERIA
+from lightning_compressm.control.truncation import Selection
 
-__all__ = ["Balance", "BalanceChoice", "HorizonChoice", "ReductionPolicy", "Selection"]
+__all__ = ["BalanceChoice", "HorizonChoice", "ReductionPolicy", "Selection"]
 
-Balance = Literal["real", "folded", "complex"]
-BalanceChoice = Literal["auto", "real", "folded", "complex"]
+BalanceChoice = Literal["auto", Balance]
 HorizonChoice = int | Literal["auto"] | None
-Selection = Literal["largest", "smallest", "random"]
 
 DEFAULT_TOLERANCE = 0.05
 DEFAULT_OUTPUT_ERROR = 0.5
@@ -42,7 +42,6 @@ _RULES = {
     "share_state_dim": FLAG,
     "layers": optional(PATTERNS),
     "ignore": optional(PATTERNS),
-    "balance": one_of(*get_args(BalanceChoice)),
     "horizon": _HORIZON,
     "selection": one_of(*get_args(Selection)),
     "refit": FLAG,
@@ -127,6 +126,8 @@ and fraction=0.5. Keep the one that you mean.
             object.__setattr__(self, "tolerance", DEFAULT_TOLERANCE)
         for name, rule in _RULES.items():
             rule.check(name, getattr(self, name))
+        # Looked up late: more may have been registered since.
+        one_of("auto", *BALANCES).check("balance", self.balance)
         one_of("auto", *CRITERIA).check("criterion", self.criterion)
         if self.fraction is not None and self.fraction < self.min_reduction:
             raise ValueError(

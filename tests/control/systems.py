@@ -82,6 +82,11 @@ def relative_impulse_error(system: DiagonalLTI, reduced: DiagonalLTI, length: in
     return float((reduced.impulse_response(length) - expected).norm() / expected.norm())
 
 
+def rank(reduction: Reduction) -> Tensor:
+    """How many states of each reduced system are not padding: an old state has a part in them."""
+    return (~reduction.basis.padding()).sum(-1)
+
+
 def genuine(reduction: Reduction) -> slice:
     """The states of one reduced system that are not padding."""
-    return slice(0, int(reduction.rank))
+    return slice(0, int(rank(reduction)))

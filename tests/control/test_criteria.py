@@ -116,5 +116,5 @@ def test_states_of_equal_worth_keep_their_order():
 
 
 def test_an_unknown_criterion_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"expected one of averaged_lti, .*; got 'best'"):
+    with pytest.raises(ValueError, match=r"expected one of averaged_lti, .*, got 'best'"):
         rank_states(SelectiveStatistics.of([random_signals()]), "best")

@@ -6,21 +6,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_compressm.control import DiagonalLTI, balanced_truncation
-from tests.control.systems import BALANCES, genuine, quick, random_system, systems
+from tests.control.systems import BALANCES, genuine, quick, random_system, rank, systems
 
 
 def to_new(reduction, x):
-    return reduction.left @ x + reduction.left_conj @ x.conj()
+    return reduction.basis.left @ x + reduction.basis.left_conj @ x.conj()
 
 
 def to_old(reduction, x):
-    return reduction.right @ x + reduction.right_conj @ x.conj()
+    return reduction.basis.right @ x + reduction.basis.right_conj @ x.conj()
 
 
 def assert_consistent(system, reduction):
     full, rows = system.double(), genuine(reduction)
     b = to_new(reduction, full.B)[rows]
-    c = full.C @ reduction.right + full.C.conj() @ reduction.right_conj.conj()
+    c = full.C @ reduction.basis.right + full.C.conj() @ reduction.basis.right_conj.conj()
     scale_b, scale_c = float(b.abs().max()), float(c.abs().max())
     torch.testing.assert_close(reduction.system.B[rows], b, rtol=1e-9, atol=1e-10 * scale_b)
     torch.testing.assert_close(reduction.system.C, c, rtol=1e-9, atol=1e-10 * scale_c)
@@ -56,7 +56,9 @@ def test_states_of_real_poles_stay_real():
         found += int(real.sum())
         assert bool((reduction.system.B[real].imag == 0).all())
         assert bool((reduction.system.C[:, real].imag == 0).all())
-        torch.testing.assert_close(reduction.left[real].conj(), reduction.left_conj[real])
+        torch.testing.assert_close(
+            reduction.basis.left[real].conj(), reduction.basis.left_conj[real]
+        )
     assert found > 0
 
 
@@ -80,8 +82,8 @@ def test_new_states_follow_the_projected_old_ones(balance):
 
 def test_complex_form_is_linear():
     reduction = balanced_truncation(random_system(6, 2, 2), 3, balance="complex")
-    assert not bool(reduction.left_conj.any())
-    assert not bool(reduction.right_conj.any())
+    assert not bool(reduction.basis.left_conj.any())
+    assert not bool(reduction.basis.right_conj.any())
 
 
 def test_folded_form_conjugates_what_was_stored_below():
@@ -91,8 +93,8 @@ def test_folded_form_conjugates_what_was_stored_below():
     assert not bool(low.all())
     # Before the new poles are folded each old state is either conjugated or not, never both.
     reduction = balanced_truncation(system, 3, balance="folded")
-    assert bool(((reduction.left == 0) | (reduction.left_conj == 0)).all())
-    assert bool((reduction.left_conj != 0).any())
+    assert bool(((reduction.basis.left == 0) | (reduction.basis.left_conj == 0)).all())
+    assert bool((reduction.basis.left_conj != 0).any())
 
 
 def test_poles_that_leave_the_upper_half_plane_are_folded_back():
@@ -105,7 +107,7 @@ def test_poles_that_leave_the_upper_half_plane_are_folded_back():
     assert bool(below.any())
     reduction = balanced_truncation(system, 2, balance="folded")
     assert bool((reduction.system.eigenvalues.imag >= 0).all())
-    assert bool((reduction.left_conj != 0).any())
+    assert bool((reduction.basis.left_conj != 0).any())
     assert_consistent(system, reduction)
     x = torch.randn(2, 3, generator=generator, dtype=torch.float64) * (1 + 2j)
     torch.testing.assert_close(to_new(reduction, to_old(reduction, x)), x)
@@ -116,13 +118,13 @@ def test_padding_has_no_part_in_the_maps(balance):
     system = random_system(5, 2, 2)
     system.C[:, 1:4] = 0
     reduction = balanced_truncation(system, 4, balance=balance)
-    rank = int(reduction.rank)
-    assert rank == 2
-    for rows in (reduction.left, reduction.left_conj):
-        assert not bool(rows[rank:].any())
-    for columns in (reduction.right, reduction.right_conj):
-        assert not bool(columns[:, rank:].any())
-    assert not bool(reduction.system.C[:, rank:].any())
+    genuine_states = int(rank(reduction))
+    assert genuine_states == 2
+    for rows in (reduction.basis.left, reduction.basis.left_conj):
+        assert not bool(rows[genuine_states:].any())
+    for columns in (reduction.basis.right, reduction.basis.right_conj):
+        assert not bool(columns[:, genuine_states:].any())
+    assert not bool(reduction.system.C[:, genuine_states:].any())
     assert_consistent(system, reduction)
 
 
