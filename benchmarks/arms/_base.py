@@ -78,7 +78,7 @@ class InTraining(Arm):
     def train(self, bench: Bench, size: int | None) -> L.LightningModule:
         assert size is not None
         callback = TimedCompreSSM(
-            calibration_batches=8,
+            calibration_batches=bench.task.calibration_batches,
             # Every arm ends with the same number of states, whatever that does to the output.
             max_output_error=None,
             verbose=False,

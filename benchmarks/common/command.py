@@ -94,7 +94,7 @@ def check_least(flag: str, least: int, values: Sequence[int], why: str = "") -> 
 
 
 def prepare(threads: int = 1) -> None:
-    """Make a process quiet and let it use so many threads.
+    """Make a process quiet that has imported Lightning, and let it use so many threads.
 
     Models of these sizes gain nothing from a second thread, and times become steadier with one.
     """
@@ -103,7 +103,10 @@ def prepare(threads: int = 1) -> None:
 
 
 def quiet() -> None:
-    """Keep Lightning's remarks out of the tables; its warnings of substance still come through."""
+    """Keep Lightning's remarks out of the tables; its warnings of substance still come through.
+
+    Lightning sets the level of its logger when it is imported: call this later.
+    """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     remarks = (
         ".*does not have many workers.*",

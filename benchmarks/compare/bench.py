@@ -106,7 +106,7 @@ class Bench:
 
     def sample(self) -> list[Tensor]:
         """Training batches to calibrate on."""
-        return calibration(self._data)
+        return calibration(self.task, self._data)
 
     def timed(self) -> contextlib.AbstractContextManager[None]:
         """What happens inside counts as training time."""

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks.common.command import check_least, one_of
+from benchmarks.common.command import check_least, one_of, prepare
 from benchmarks.compare.processes import start
 from benchmarks.compare.store import Store, missing_jobs
 from benchmarks.compare.suites import SUITES, Suite, without_missing
@@ -177,6 +177,7 @@ def work(unit: Unit, news: Any) -> list[Result]:
         news.put(step - seen.get(job, 0))
         seen[job] = step
 
+    prepare()
     warm_up(*task.build(seed=0))
     return run_unit(task, unit.seed, jobs_of(task, unit.arms), report)
 

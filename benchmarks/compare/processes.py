@@ -1,4 +1,4 @@
-"""What a process of a comparison does before it works. Imports little: it is imported in each."""
+"""What a process of a comparison does first of all."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import multiprocessing
 import os
 import threading
 
-from benchmarks.common.command import prepare
-
 
 def start() -> None:
-    """In every process, before it works."""
-    prepare()
+    """In every process, before it imports what it works with."""
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 

@@ -23,7 +23,6 @@ from benchmarks.models.classifier import Pool, SequenceClassifier
 from benchmarks.models.language import Kind, LanguageModel, RecallModule, evaluate_recall
 
 LayerKind = Literal["linear", "selective"]
-_CALIBRATION_BATCHES = 8
 # The share of the steps after which all arms that reduce in training do so, as published.
 WINDOW_END = 0.1
 
@@ -42,6 +41,7 @@ class CompareTask:
         d_state: States of every layer at full size.
         sizes: States of every layer that arms end with.
         clip: Largest norm of the gradient; None for any.
+        calibration_batches: So many training batches are seen by analyses that want to see data.
     """
 
     name: str
@@ -53,6 +53,7 @@ class CompareTask:
     d_state: int
     sizes: tuple[int, ...]
     clip: float | None = None
+    calibration_batches: int = 8
 
     @property
     def look(self) -> int:
@@ -78,10 +79,10 @@ class CompareTask:
         return replace(self, steps=steps, sizes=(size,))
 
 
-def calibration(data: InMemoryDataModule) -> list[Tensor]:
+def calibration(task: CompareTask, data: InMemoryDataModule) -> list[Tensor]:
     """Training batches for analyses that want to see data."""
     tokens, _ = data.tensors("train")
-    return list(tokens[: _CALIBRATION_BATCHES * data.batch_size].split(data.batch_size))
+    return list(tokens[: task.calibration_batches * data.batch_size].split(data.batch_size))
 
 
 def evaluate(module: L.LightningModule, data: InMemoryDataModule) -> tuple[float, float]:

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +26,7 @@ from benchmarks.arms.distillation import divergence
 from benchmarks.arms.last import infinity_norms
 from benchmarks.common.command import quiet
 from benchmarks.compare import command as compare
+from benchmarks.compare import comparison
 from benchmarks.compare.page import Report, make_page, states
 from benchmarks.compare.statistics import Difference, accuracy, difference, time_to_full
 from benchmarks.compare.store import Store, missing_jobs
@@ -34,7 +34,7 @@ from benchmarks.compare.subspace import dominant_subspace, overlap
 from benchmarks.compare.suites import SUITES
 from benchmarks.compare.tasks import TASKS, evaluate
 from benchmarks.compare.unit import Result, jobs_of, run_unit
-from benchmarks.data.mqar import IGNORED
+from benchmarks.data.mqar import IGNORED, SIZES, MQARDataModule
 from lightning_compressm import HankelRegularizer
 from lightning_compressm.control import DiagonalLTI
 from lightning_compressm.nn import LRU
@@ -342,9 +342,27 @@ def test_the_page_compares_the_default_window_with_a_later_one() -> None:
     assert "| digits, 128 | 31 | 11 | **+10.5 ± 0.5** | 0.90 (0.90 to 0.90) | 0.80" in page
 
 
+def few_pairs(seed: int) -> MQARDataModule:
+    return MQARDataModule(batch_size=4, seed=seed, n_tokens=16, pairs=3, length=9)
+
+
+class Here(ThreadPoolExecutor):
+    """In place of processes, which would import everything again."""
+
+    def __init__(self, workers: int, *_: object) -> None:
+        super().__init__(1)
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("mamba_ssm") is None, reason="mamba-ssm is missing")
+@pytest.mark.usefixtures("mamba_ssm")
 def test_smoke_suite_and_its_resumption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split, size in {"train": 640, "val": 50, "test": 100}.items():
+        monkeypatch.setitem(SIZES, split, size)
+    digits, recall = SUITES["smoke"].tasks
+    tiny = {"steps": 20, "d_state": 16, "calibration_batches": 1}
+    tasks = (replace(digits, **tiny), replace(recall, make_data=few_pairs, **tiny))
+    monkeypatch.setitem(SUITES, "smoke", replace(SUITES["smoke"], tasks=tasks))
+    monkeypatch.setattr(comparison, "ProcessPoolExecutor", Here)
     said = io.StringIO()
     monkeypatch.setattr(compare, "make_console", lambda: Console(file=said, width=100))
     assert compare.main(["--suite", "smoke", "--output", str(tmp_path)]) == 0
@@ -357,6 +375,19 @@ def test_smoke_suite_and_its_resumption(tmp_path: Path, monkeypatch: pytest.Monk
     assert all(arm.label in page for arm in all_arms().values())
     assert "(pictures/compare-smoke-digits.png)" in page
     assert (tmp_path / "pictures/compare-smoke-digits.png").stat().st_size > 10_000
+    monkeypatch.setattr(compare, "draw_all", lambda *_: [])  # takes seconds, and was seen to work
     assert compare.main(["--suite", "smoke", "--output", str(tmp_path)]) == 0
     assert "Everything is there already." in said.getvalue()
     assert (tmp_path / "smoke.md").read_text() == page
+
+
+@pytest.mark.slow
+def test_another_process_trains_what_this_one_writes(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--suite", "smoke", "--tasks", "digits", "--arms", "small", "--workers", "1"]
+    assert compare.main([*words, "--output", str(tmp_path)]) == 0
+    assert "GPU available" not in "".join(capfd.readouterr()), "Lightning is quiet there"
+    (digits,) = (task for task in SUITES["smoke"].tasks if task.name == "digits")
+    assert {r.arm for r in Store(tmp_path / "smoke").load(digits, 0)} == {"full", "small"}
+    assert "| small from scratch | 4 |" in (tmp_path / "smoke.md").read_text()

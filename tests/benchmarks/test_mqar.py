@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -8,11 +7,9 @@ import torch
 
 from benchmarks.common.command import make_console, parse
 from benchmarks.common.cuts import AS_TRAINED, Cut
-from benchmarks.data.mqar import BLANK, IGNORED, MQARDataModule, make_recall
+from benchmarks.data.mqar import BLANK, IGNORED, SIZES, MQARDataModule, make_recall
 from benchmarks.mqar import command as mqar
 from benchmarks.mqar.run import KINDS, LATER, Settings, Sizes
-
-needs_mamba = pytest.mark.skipif(find_spec("mamba_ssm") is None, reason="mamba-ssm is missing")
 
 
 def test_every_query_is_answered_by_the_value_of_its_key() -> None:
@@ -73,10 +70,13 @@ def test_targets() -> None:
     assert not mqar.verdict("mamba2", _cuts(1.0, 1.16))[0]
 
 
-@needs_mamba
+@pytest.mark.usefixtures("mamba_ssm")
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_from_end_to_end(kind: mqar.Kind, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_from_end_to_end(kind: mqar.Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("benchmarks.mqar.run.CALIBRATION_BATCHES", 1)
+    for split, size in {"train": 200, "val": 20, "test": 50}.items():
+        monkeypatch.setitem(SIZES, split, size)
     settings = Settings(
         kind=kind, seeds=(0,), steps=2, states=(4,), output=tmp_path, criteria=("random",)
     )
