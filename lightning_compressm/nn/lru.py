@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_compressm._precision import wide_dtype
 from lightning_compressm.nn._autocast import full_precision
 from lightning_compressm.nn._checks import check_dtype, check_inputs, check_size, check_state
 from lightning_compressm.nn._fused import fused_lru
@@ -177,7 +178,7 @@ class LRU(ResizableLayer):
     def _decay_and_phase(self) -> tuple[Tensor, Tensor]:
         """Return -log |lambda| and arg lambda, (N,)."""
         # Near the unit circle 1 - |lambda| is small: in float32 it would lose its digits.
-        wide = torch.float32 if self.nu_log.device.type == "mps" else torch.float64
+        wide = wide_dtype(self.nu_log.device)
         return self.nu_log.to(wide).exp(), self.theta_log.to(wide).exp()
 
     def _weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_compressm._precision import wide_dtype
 from lightning_compressm.nn._autocast import full_precision
 from lightning_compressm.nn._bank import bank_chunk, chunked_bank, powers_by_doubling
 from lightning_compressm.nn._checks import (
@@ -222,7 +223,7 @@ class S4D(ResizableLayer):
     def _discrete(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Eigenvalues and input gains, real and imaginary parts, (H, N)."""
         # In float32 an eigenvalue near the unit circle would lose its digits.
-        wide = torch.float32 if self.C.device.type == "mps" else torch.float64
+        wide = wide_dtype(self.C.device)
         step = self.log_dt.to(wide).exp().unsqueeze(-1)
         decay, frequency = self.log_A_real.to(wide).exp(), self.A_imag.to(wide)
         return discretize(decay, frequency, step, self.discretization)
