@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_compressm.nn._autocast import full_precision
+from lightning_compressm.nn._plain import wants_plain_operations
 
 __all__ = ["batched_product", "causal_convolution"]
 
@@ -37,6 +38,8 @@ def _fast_size(least: int) -> int:
 
 def batched_product(left: Tensor, right: Tensor) -> Tensor:
     """Return ``left @ right``, whose backward pass autocast leaves alone, too."""
+    if wants_plain_operations():
+        return left @ right
     product: Tensor = _Product.apply(left, right)
     return product
 

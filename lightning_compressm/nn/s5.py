@@ -44,7 +44,9 @@ class S5(ResizableLayer):
 
     Half-precision parameters and inputs, autocast included, are computed in float32 (the
     eigenvalues and their powers in float64); the output has the dtype of the input. A checkpoint
-    with another number of states resizes the layer when it is loaded.
+    with another number of states resizes the layer when it is loaded. While it is exported or
+    traced, and under the transforms of ``torch.func``, the layer runs in plain operations, which
+    leave the number of sequences and of steps open.
 
     Args:
         d_model: inputs and outputs H, >= 1.
