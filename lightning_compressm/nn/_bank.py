@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_compressm.nn._autocast import full_precision
+from lightning_compressm.nn._once import once_differentiable
 from lightning_compressm.nn._plain import (
     in_chunks,
     out_of_chunks,

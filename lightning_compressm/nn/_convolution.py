@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_compressm.nn._autocast import full_precision
 from lightning_compressm.nn._plain import wants_plain_operations
@@ -54,7 +53,6 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled step gets here too
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         left, right = ctx.saved_tensors
         with full_precision(grad.device):

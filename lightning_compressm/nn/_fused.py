@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_compressm.nn._autocast import full_precision
 from lightning_compressm.nn._chunked import best_chunk, chunked_diagonal
 from lightning_compressm.nn._forms import form_for
+from lightning_compressm.nn._once import once_differentiable
 from lightning_compressm.nn._plain import plain_diagonal, wants_plain_operations
 from lightning_compressm.nn._row_blocks import row_blocks
 

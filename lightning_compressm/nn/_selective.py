@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_compressm.nn._autocast import full_precision
+from lightning_compressm.nn._once import once_differentiable
 from lightning_compressm.nn._plain import wants_plain_operations
 from lightning_compressm.nn._plain_selective import plain_selective
 from lightning_compressm.nn._row_blocks import row_blocks

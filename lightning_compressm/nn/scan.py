@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_compressm.nn._forms import form_for
+from lightning_compressm.nn._once import once_differentiable
 from lightning_compressm.nn._plain import plain_linear_recurrence, wants_plain_operations
 from lightning_compressm.nn._row_blocks import row_blocks
 
@@ -30,9 +30,10 @@ def linear_recurrence(
     once.
 
     Gradients flow to all three arguments, once: differentiating a gradient raises
-    ``RuntimeError``. Autocast leaves complex numbers alone. Under ``torch.compile`` the scan runs
-    eagerly at a graph break, because compiled complex scans are slower. While it is exported or
-    traced, and under the transforms of ``torch.func``, it runs in plain operations.
+    ``RuntimeError`` unless ``torch.func`` took it. Autocast leaves complex numbers alone. Under
+    ``torch.compile`` the scan runs eagerly at a graph break, because compiled complex scans are
+    slower. While it is exported or traced, and under the transforms of ``torch.func``, it runs in
+    plain operations.
 
     Args:
         eigenvalues: (N,) complex64 or complex128; not restricted to the unit disc, but outside it

@@ -36,8 +36,9 @@ def selective_scan(
     chunks; the backward pass computes the states of each chunk again, so that of L states only
     every 32nd is kept. Everything is computed in float32, or in float64 if any argument is,
     under autocast as well. Gradients flow to all tensors (through the last state too), once:
-    differentiating a gradient raises ``RuntimeError``. While it is exported or traced, and under
-    the transforms of ``torch.func``, it runs in plain operations, with all states in memory.
+    differentiating a gradient raises ``RuntimeError`` unless ``torch.func`` took it. While it is
+    exported or traced, and under the transforms of ``torch.func``, it runs in plain operations,
+    with all states in memory.
 
     Args:
         u: (batch, dim, L), floating point, L >= 1.
