@@ -6,6 +6,9 @@ Every run is a real Trainer on one process. The first half of its steps lies ins
 second half after it; the one look in between finds nothing worth removing, so that all steps are
 alike. The callback's hooks and the steps are timed side by side, in every step, so that a busy
 machine slows both down; a share is the median of the hooks' times over the median of the steps'.
+
+A second run of each model drops half of the states in its one look: what look and swap take
+together, in steps of the same run, and how much of that the callback's history accounts for.
 """
 
 from __future__ import annotations
@@ -162,6 +165,34 @@ class Timed(CompreSSMCallback):
         return clocked
 
 
+class Reducing(CompreSSMCallback):
+    """Drops half of the states once, with a clock on the whole of it.
+
+    Attributes:
+        longest: seconds of the hook that looked and swapped.
+        steps: seconds of each step, to the beginning of the next one.
+    """
+
+    def __init__(self, steps: int) -> None:
+        super().__init__(
+            fraction=0.5, window=(0, steps // 2), every_n_steps=10 * steps, verbose=False
+        )
+        self.longest = 0.0
+        self.steps: list[float] = []
+        self._since = time.perf_counter()
+
+    def on_train_batch_start(self, *arguments: Any) -> None:
+        now = time.perf_counter()
+        self.steps.append(now - self._since)
+        self._since = now
+        super().on_train_batch_start(*arguments)
+
+    def on_train_batch_end(self, *arguments: Any) -> None:
+        start = time.perf_counter()
+        super().on_train_batch_end(*arguments)
+        self.longest = max(self.longest, time.perf_counter() - start)
+
+
 def _forward_hooks(module: nn.Module) -> list[tuple[nn.Module, int, Callable[..., Any]]]:
     return [
         (part, key, hook)
@@ -224,14 +255,43 @@ def measure(
     return costs
 
 
-def run(size: Size, seed: int, steps: int) -> Timed:
-    """One training; the callback holds the times."""
+@dataclass
+class Cut:
+    """A look with its swap, for each seed: seconds, the same in steps, and the history's share."""
+
+    seconds: list[float] = field(default_factory=list)
+    in_steps: list[float] = field(default_factory=list)
+    accounted: list[float] = field(default_factory=list)
+
+
+def measure_cuts(sizes: Sequence[str], seeds: int, steps: int, console: Console) -> dict[str, Cut]:
+    """Reduce every model once with every seed."""
+    cuts = {size: Cut() for size in sizes}
+    runs = [(seed, size) for seed in range(seeds) for size in sizes]
+    for seed, size in track(runs, "reducing", console=console, transient=True):
+        callback = Reducing(steps)
+        _train(SIZES[size], seed, steps, callback)
+        if not any(event["action"] == "reduce" for event in callback.history):
+            raise AssertionError(f"expected a reduction, got {callback.history}")
+        told = sum(event["seconds"] for event in callback.history)
+        cuts[size].seconds.append(callback.longest)
+        cuts[size].in_steps.append(callback.longest / statistics.median(callback.steps))
+        cuts[size].accounted.append(told / callback.longest)
+    return cuts
+
+
+def _train(size: Size, seed: int, steps: int, callback: CompreSSMCallback) -> None:
     torch.manual_seed(seed)
     count = EPOCH * size.batch
     data = TensorDataset(torch.randn(count, size.length, 1), torch.randint(CLASSES, (count,)))
-    callback = Timed(steps)
     trainer = make_trainer(steps, [callback])
     trainer.fit(Classifier(size), DataLoader(data, batch_size=size.batch))
+
+
+def run(size: Size, seed: int, steps: int) -> Timed:
+    """One training; the callback holds the times."""
+    callback = Timed(steps)
+    _train(size, seed, steps, callback)
     if [event["action"] for event in callback.history] != ["skip"] * size.blocks:
         raise AssertionError(f"expected one look that changes nothing, got {callback.history}")
     return callback
@@ -257,12 +317,29 @@ def table(costs: dict[tuple[str, str], Costs]) -> Table:
     return rich_table(header, rows, words=2, title=title, caption=sizes)
 
 
+def cut_table(cuts: dict[str, Cut]) -> Table:
+    """One line for each model, medians and spread over the seeds."""
+    header = ("model", "look and swap", "in steps", "lowest to highest", "in the history")
+    rows = [
+        (
+            size,
+            f"{1e3 * statistics.median(cut.seconds):.1f} ms",
+            f"{statistics.median(cut.in_steps):.1f}",
+            f"{min(cut.in_steps):.1f} to {max(cut.in_steps):.1f}",
+            f"{statistics.median(cut.accounted):.0%}",
+        )
+        for size, cut in cuts.items()
+    ]
+    return rich_table(header, rows, words=1, title="Half of the states dropped, once")
+
+
 def main(arguments: Iterable[str] | None = None) -> int:
     settings = parse(Settings, "overhead", __doc__, arguments)
     prepare(settings.threads)
     console = make_console()
     costs = measure(settings.sizes, settings.seeds, settings.steps, console)
     console.print(table(costs))
+    console.print(cut_table(measure_cuts(settings.sizes, settings.seeds, settings.steps, console)))
     worst = max(
         (statistics.median(c.shares) for (size, _), c in costs.items() if size == "medium"),
         default=0.0,
