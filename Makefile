@@ -27,6 +27,10 @@ endef
 
 # On a CI machine `make test` leaves nothing out.
 MARKS := $(if $(filter true 1,$(CI)),,-m "not slow")
+# Two workers keep two cores busy while tests wait for processes that they have started. A file stays
+# in one worker, since tests of one file share what is expensive to set up.
+WORKERS ?= 2
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 ARGS ?=
 
 .PHONY: help install demo speed test test-all lint format docs table clean distclean
@@ -50,10 +54,10 @@ speed: $(READY)  ## Measure all figures about speed and memory (ARGS="--suite qu
 	$(PY) -m benchmarks.speed $(ARGS)
 
 test: $(READY)  ## Unit tests and doctests (CI=true: the slow ones as well)
-	$(PY) -m pytest $(MARKS) $(ARGS)
+	$(PY) $(PYTEST) $(MARKS) $(ARGS)
 
 test-all: $(READY)  ## All tests, the slow ones included
-	$(PY) -m pytest $(ARGS)
+	$(PY) $(PYTEST) $(ARGS)
 
 lint: $(READY)  ## Check format, lint and types
 	$(PY) -m ruff format --check .

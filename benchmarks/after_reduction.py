@@ -7,7 +7,6 @@ copies of it. `--task delay` does the same where memory counts and the last step
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 from collections.abc import Iterable
@@ -15,13 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import Progress
-from torch import Tensor, nn
 
-from benchmarks.cuts import (
+from benchmarks.common.command import check_least, make_console, parse, prepare
+from benchmarks.common.cuts import (
     AS_TRAINED,
     Cut,
     kept_path,
@@ -32,18 +28,8 @@ from benchmarks.cuts import (
     write_files,
 )
 from benchmarks.data.sequences import SequenceDataModule
-from benchmarks.models import ClassifierModule
-from benchmarks.tables import make_console
-from benchmarks.training import (
-    TASKS,
-    EpochProgress,
-    Task,
-    TaskName,
-    build,
-    make_trainer,
-    quiet,
-    use_one_thread,
-)
+from benchmarks.models.classification import ClassifierModule, evaluate_classes
+from benchmarks.train.trainer import TASKS, Task, TaskName, build, fit_with_bar
 from lightning_compressm import compress
 
 STATE_DIM = 128
@@ -58,20 +44,31 @@ class Settings:
     """What the command line decides.
 
     Attributes:
-        task: One of `TASKS`.
+        task: What is classified.
         seeds: Each fixes initialisation, order of the batches and dropout.
-        steps: Optimizer steps of every training.
-        state_dims: Numbers of states to cut to.
-        output: Where weights and results go.
-        target: Most points of accuracy that the default may lose at `TARGET_DIM` states.
+        steps: Optimizer steps of every training; the task's own if not given.
+        states: Numbers of states to cut to.
+        output: Folder of weights and results.
+        target: Fail if the default loses more points of accuracy at 16 states.
     """
 
     task: TaskName = "digits"
     seeds: tuple[int, ...] = (0, 1, 2)
-    steps: int = TASKS["digits"].steps
-    state_dims: tuple[int, ...] = (16, 8, 32)
+    steps: int | None = None
+    states: tuple[int, ...] = (16, 8, 32)
     output: Path = Path("results")
     target: float | None = None
+
+    def __post_init__(self) -> None:
+        check_least("--steps", 1, [self.planned_steps])
+        check_least("--states", 1, self.states)
+        if self.target is not None and TARGET_DIM not in self.states:
+            raise ValueError(f"--target is about {TARGET_DIM} states; add them to --states")
+
+    @property
+    def planned_steps(self) -> int:
+        """The task's own, unless others are asked for."""
+        return TASKS[self.task].steps if self.steps is None else self.steps
 
 
 def recipes(length: int) -> dict[str, dict[str, Any]]:
@@ -92,13 +89,14 @@ def run(settings: Settings, console: Console) -> list[Cut]:
     for seed in settings.seeds:
         module, data = trained(settings, seed, console)
         sequences, classes = data.tensors("test")
-        cuts.append(Cut(seed, AS_TRAINED, STATE_DIM, *evaluate(module, sequences, classes)))
+        cuts.append(Cut(seed, AS_TRAINED, STATE_DIM, *evaluate_classes(module, sequences, classes)))
         sample = data.tensors("train")[0][: data.batch_size]
-        for state_dim in settings.state_dims:
+        for state_dim in settings.states:
             for recipe, arguments in recipes(data.length).items():
                 model = copy.deepcopy(module.model)
                 compress(model, state_dim=state_dim, sample=sample, **arguments)
-                cuts.append(Cut(seed, recipe, state_dim, *evaluate(model, sequences, classes)))
+                result = evaluate_classes(model, sequences, classes)
+                cuts.append(Cut(seed, recipe, state_dim, *result))
     return cuts
 
 
@@ -111,10 +109,7 @@ def trained(
     path = weights_path(settings, seed, module, task)
 
     def train() -> None:
-        with Progress(console=console, transient=True) as progress:
-            bar = progress.add_task(f"training, seed {seed}", total=settings.steps)
-            callback = EpochProgress(lambda step: progress.update(bar, completed=step))
-            make_trainer(settings.steps, [callback]).fit(module, data)
+        fit_with_bar(module, data, settings.planned_steps, f"training, seed {seed}", console)
 
     load_or_train(path, module, train)
     return module.eval(), data
@@ -126,71 +121,30 @@ def weights_path(settings: Settings, seed: int, module: ClassifierModule, task: 
         "model": repr(module.model),
         "hparams": dict(module.hparams),
         "pool": task.pool,
-        "steps": settings.steps,
+        "steps": settings.planned_steps,
     }
     return kept_path(settings.output, f"{settings.task}-seed{seed}", recipe)
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, sequences: Tensor, classes: Tensor) -> tuple[float, float]:
-    """Accuracy and cross-entropy."""
-    model.eval()
-    logits = torch.cat([model(batch) for batch in sequences.split(250)])
-    accuracy = (logits.argmax(1) == classes).double().mean().item()
-    return accuracy, F.cross_entropy(logits, classes).item()
-
-
 def write_results(rows: list[tuple[str, ...]], cuts: list[Cut], settings: Settings) -> list[Path]:
     """Write the table as Markdown and all numbers as JSON."""
-    content = {**asdict(settings), "output": str(settings.output)}
+    content = {**asdict(settings), "steps": settings.planned_steps}
     stem = settings.output / f"after_reduction_{settings.task}"
     return write_files(stem, rows, cuts, content, note(settings))
 
 
 def note(settings: Settings) -> str:
     return (
-        f"CPU. One LRU block, N={STATE_DIM}, H={D_MODEL}, {settings.steps} steps; no training "
-        f"after the cut. Test accuracy and loss: means over seeds "
+        f"CPU. One LRU block, N={STATE_DIM}, H={D_MODEL}, {settings.planned_steps} steps; no "
+        "training after the cut. Test accuracy and loss: means over seeds "
         f"{', '.join(map(str, settings.seeds))}."
     )
 
 
-def parse(arguments: Iterable[str] | None = None) -> Settings:
-    default = Settings()
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.after_reduction",
-        description=(__doc__ or "").split("\n", 1)[0],
-    )
-    parser.add_argument("--task", choices=list(TASKS), default=default.task)
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(default.seeds))
-    parser.add_argument("--steps", type=int, help="steps of every training (by task)")
-    parser.add_argument("--states", type=int, nargs="+", default=list(default.state_dims))
-    parser.add_argument("--output", type=Path, default=default.output, help="folder for results")
-    parser.add_argument(
-        "--target", type=float, help=f"fail if the default loses more points at {TARGET_DIM} states"
-    )
-    options = parser.parse_args(None if arguments is None else list(arguments))
-    steps = TASKS[options.task].steps if options.steps is None else options.steps
-    for name, values in (("--steps", [steps]), ("--states", options.states)):
-        if min(values) < 1:
-            parser.error(f"{name} must be at least 1, got {min(values)}")
-    if options.target is not None and TARGET_DIM not in options.states:
-        parser.error(f"--target is about {TARGET_DIM} states; add them to --states")
-    return Settings(
-        options.task,
-        tuple(options.seeds),
-        steps,
-        tuple(options.states),
-        options.output,
-        options.target,
-    )
-
-
 def main(arguments: Iterable[str] | None = None) -> int:
-    settings = parse(arguments)
+    settings = parse(Settings, "after_reduction", __doc__, arguments)
     console = make_console()
-    quiet()
-    use_one_thread()
+    prepare()
     cuts = run(settings, console)
     rows = make_rows(cuts)
     print_table(rows, f"{settings.task}: right after one reduction, on the CPU", console)

@@ -10,10 +10,10 @@ machine slows both down; a share is the median of the hooks' times over the medi
 
 from __future__ import annotations
 
-import argparse
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,9 +25,10 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.models import LayerFactory, SequenceClassifier
-from benchmarks.tables import make_console
-from benchmarks.training import make_trainer, quiet
+from benchmarks.common.command import check_least, make_console, one_of, parse, prepare
+from benchmarks.common.tables import rich_table
+from benchmarks.models.classifier import LayerFactory, SequenceClassifier
+from benchmarks.train.trainer import make_trainer
 from lightning_compressm import CompreSSMCallback
 from lightning_compressm.nn import LRU
 from lightning_compressm.nn._mamba import MambaBlock
@@ -60,6 +61,28 @@ SIZES = {
     "medium": Size(LRU, 4, 32, 64, 16, 128),
     "mamba": Size(MambaBlock, 2, 16, 16, 8, 64),
 }
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line decides.
+
+    Attributes:
+        sizes: Models to measure.
+        seeds: How many.
+        steps: Of each run.
+        threads: Of the processor.
+        target: Fail if the median share at medium size is higher, in percent.
+    """
+
+    sizes: tuple[str, ...] = one_of(tuple(SIZES), SIZES)
+    seeds: int = 5
+    steps: int = 200
+    threads: int = 1
+    target: float | None = None
+
+    def __post_init__(self) -> None:
+        check_least("--steps", 8 * EPOCH, [self.steps], ": each half needs steps to be timed")
 
 
 class Timed(CompreSSMCallback):
@@ -217,12 +240,9 @@ def run(size: Size, seed: int, steps: int) -> Timed:
 def table(costs: dict[tuple[str, str], Costs]) -> Table:
     """One line for each model and phase, medians and spread over the seeds."""
     sizes = "; ".join(f"{name}: {SIZES[name]}" for name in dict(costs.keys()))
-    result = Table(title="The callback's share of a training step", caption=sizes)
-    headings = ("model", "steps", "a step", "hooks", "median share", "lowest to highest", "epoch")
-    for heading in headings:
-        result.add_column(heading, justify="left" if heading in ("model", "steps") else "right")
-    for (size, phase), cost in costs.items():
-        result.add_row(
+    header = ("model", "steps", "a step", "hooks", "median share", "lowest to highest", "epoch")
+    rows = [
+        (
             size,
             phase,
             f"{1e3 * statistics.median(cost.step):.2f} ms",
@@ -231,40 +251,27 @@ def table(costs: dict[tuple[str, str], Costs]) -> Table:
             f"{min(cost.shares):.3%} to {max(cost.shares):.3%}",
             f"{1e3 * statistics.median(cost.epochs):.1f} ms",
         )
-    return result
+        for (size, phase), cost in costs.items()
+    ]
+    title = "The callback's share of a training step"
+    return rich_table(header, rows, words=2, title=title, caption=sizes)
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--seeds", type=int, default=5, help="(%(default)s)")
-    parser.add_argument("--steps", type=int, default=200, help="of each run (%(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="(%(default)s)")
-    parser.add_argument(
-        "--target", type=float, help="fail if the median share at medium size is higher, in percent"
-    )
-    arguments = parser.parse_args(argv)
-    if arguments.steps < 8 * EPOCH:
-        parser.error(f"--steps must be at least {8 * EPOCH}: each half needs steps to be timed")
-    return arguments
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse(argv)
-    torch.set_num_threads(arguments.threads)
-    quiet()
+def main(arguments: Iterable[str] | None = None) -> int:
+    settings = parse(Settings, "overhead", __doc__, arguments)
+    prepare(settings.threads)
     console = make_console()
-    costs = measure(arguments.sizes, arguments.seeds, arguments.steps, console)
+    costs = measure(settings.sizes, settings.seeds, settings.steps, console)
     console.print(table(costs))
     worst = max(
         (statistics.median(c.shares) for (size, _), c in costs.items() if size == "medium"),
         default=0.0,
     )
-    missed = arguments.target is not None and 100 * worst > arguments.target
+    missed = settings.target is not None and 100 * worst > settings.target
     if missed:
-        console.print(f"above the target of {arguments.target:g}%")
+        console.print(f"above the target of {settings.target:g}%")
     return int(missed)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

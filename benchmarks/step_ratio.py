@@ -8,10 +8,10 @@ busy machine disturbs both alike, and only ratios are printed.
 
 from __future__ import annotations
 
-import argparse
 import statistics
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -20,9 +20,41 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
+from benchmarks.common.command import check_least, make_console, parse, prepare
+from benchmarks.common.tables import rich_table
 from lightning_compressm.nn import LRU
 
 CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line decides.
+
+    Attributes:
+        large: States before.
+        small: States after.
+        batch: Sequences in a batch.
+        length: Steps of a sequence.
+        width: Inputs H.
+        repeats: Pairs of measurements, at least 2.
+        steps: Of training in one measurement.
+        threads: Of the processor.
+        target: Fail if the median CPU ratio is lower.
+    """
+
+    large: int = 256
+    small: int = 16
+    batch: int = 50
+    length: int = 784
+    width: int = 8
+    repeats: int = 9
+    steps: int = 3
+    threads: int = 1
+    target: float | None = None
+
+    def __post_init__(self) -> None:
+        check_least("--repeats", 2, [self.repeats], ": one repeat has no spread")
 
 
 class LRUBlock(nn.Module):
@@ -70,17 +102,17 @@ class Trainee:
         return StepTime(wall / steps, cpu / steps)
 
 
-def measure(arguments: argparse.Namespace, console: Console) -> dict[str, list[float]]:
+def measure(settings: Settings, console: Console) -> dict[str, list[float]]:
     """Return the ratio large / small of every repeat, by clock."""
-    inputs = torch.randn(arguments.batch, arguments.length, 1)
-    targets = torch.randint(CLASSES, (arguments.batch,))
-    large, small = (Trainee(arguments.width, n) for n in (arguments.large, arguments.small))
+    inputs = torch.randn(settings.batch, settings.length, 1)
+    targets = torch.randint(CLASSES, (settings.batch,))
+    large, small = (Trainee(settings.width, n) for n in (settings.large, settings.small))
     # Small steps are short, so more of them make one repeat: the clocks tick coarsely.
-    counts = {large: arguments.steps, small: 4 * arguments.steps}
+    counts = {large: settings.steps, small: 4 * settings.steps}
     for trainee in counts:
         trainee.timed(inputs, targets, 2)
     ratios: dict[str, list[float]] = {"cpu": [], "wall": []}
-    for _ in track(range(arguments.repeats), "measuring", console=console, transient=True):
+    for _ in track(range(settings.repeats), "measuring", console=console, transient=True):
         slow, fast = (trainee.timed(inputs, targets, n) for trainee, n in counts.items())
         ratios["cpu"].append(slow.cpu / fast.cpu)
         ratios["wall"].append(slow.wall / fast.wall)
@@ -89,46 +121,28 @@ def measure(arguments: argparse.Namespace, console: Console) -> dict[str, list[f
 
 def table(ratios: dict[str, list[float]], title: str) -> Table:
     """Lay the ratios out with median and spread."""
-    result = Table(title=title)
-    for heading in ("clock", "median", "min", "quartiles", "max"):
-        result.add_column(heading, justify="left" if heading == "clock" else "right")
+    rows = []
     for clock, values in ratios.items():
         low, middle, high = statistics.quantiles(values, n=4)
         numbers = (f"{middle:.1f}x", f"{min(values):.1f}x", f"{low:.1f}-{high:.1f}x")
-        result.add_row(clock, *numbers, f"{max(values):.1f}x")
-    return result
+        rows.append((clock, *numbers, f"{max(values):.1f}x"))
+    header = ("clock", "median", "min", "quartiles", "max")
+    return rich_table(header, rows, words=1, title=title)
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--large", type=int, default=256, help="states before (%(default)s)")
-    parser.add_argument("--small", type=int, default=16, help="states after (%(default)s)")
-    parser.add_argument("--batch", type=int, default=50, help="(%(default)s)")
-    parser.add_argument("--length", type=int, default=784, help="steps (%(default)s)")
-    parser.add_argument("--width", type=int, default=8, help="inputs H (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=9, help="at least 2 (%(default)s)")
-    parser.add_argument("--steps", type=int, default=3, help="in one repeat (%(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="(%(default)s)")
-    parser.add_argument("--target", type=float, help="fail if the median CPU ratio is lower")
-    arguments = parser.parse_args(argv)
-    if arguments.repeats < 2:
-        parser.error("--repeats must be at least 2: one repeat has no spread")
-    return arguments
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse(argv)
-    torch.set_num_threads(arguments.threads)
-    console = Console()
-    ratios = measure(arguments, console)
-    shape = f"B={arguments.batch} L={arguments.length} H={arguments.width}"
-    title = f"Training step, N={arguments.large} against N={arguments.small}, {shape}"
-    console.print(table(ratios, f"{title}, {arguments.threads} thread(s)"))
-    missed = arguments.target is not None and statistics.median(ratios["cpu"]) < arguments.target
+def main(arguments: Iterable[str] | None = None) -> int:
+    settings = parse(Settings, "step_ratio", __doc__, arguments)
+    prepare(settings.threads)
+    console = make_console()
+    ratios = measure(settings, console)
+    shape = f"B={settings.batch} L={settings.length} H={settings.width}"
+    title = f"Training step, N={settings.large} against N={settings.small}, {shape}"
+    console.print(table(ratios, f"{title}, {settings.threads} thread(s)"))
+    missed = settings.target is not None and statistics.median(ratios["cpu"]) < settings.target
     if missed:
-        console.print(f"below the target of {arguments.target:g}x")
+        console.print(f"below the target of {settings.target:g}x")
     return int(missed)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from lightning_compressm.errors import CalibrationError
 from lightning_compressm.model.change import change
 from lightning_compressm.model.layers import SSMLayer, select_layers
 from lightning_compressm.model.resizing import install_resize_hooks
-from lightning_compressm.reduction.decision import decide, measure_spectra
+from lightning_compressm.reduction.decide import decide, measure_spectra
 from lightning_compressm.reduction.events import CompressionReport
 from lightning_compressm.reduction.policy import (
     DEFAULT_OUTPUT_ERROR,
@@ -28,6 +28,7 @@ from lightning_compressm.surgery.optimizer import checked_optimizers
 __all__ = ["compress", "hankel_spectra"]
 
 
+@torch.inference_mode(False)
 def compress(
     model: nn.Module,
     tolerance: float | None = None,
@@ -121,6 +122,7 @@ def compress(
     return CompressionReport(list(decision.events), decision.spectra)
 
 
+@torch.inference_mode(False)
 def hankel_spectra(
     model: nn.Module,
     *,
@@ -164,14 +166,30 @@ def _run_sample(model: nn.Module, layers: Mapping[str, SSMLayer], sample: Any) -
     batches = sample if isinstance(sample, list) else [sample]
     modes = {module: module.training for module in model.modules()}
     try:
-        with torch.no_grad(), CallRecorder(layers, len(batches)) as recorder:
-            model.eval()
-            for batch in batches:
-                _call(model, batch)
+        model.eval()
+        recorders = _record(model, layers, batches)
+        changed = {name for recorder in recorders for name in recorder.changed}
+        if changed:  # in place, by the model; so copies are kept
+            recorders = _record(model, layers, batches, changed)
     finally:
         for module, training in modes.items():
             module.training = training
-    return recorder.seen
+    return Seen.in_batches(recorders)
+
+
+@torch.no_grad()
+def _record(
+    model: nn.Module,
+    layers: Mapping[str, SSMLayer],
+    batches: Sequence[Any],
+    copied: Collection[str] = (),
+) -> list[CallRecorder]:
+    recorders = []
+    for batch in batches:
+        with CallRecorder(layers, copied) as recorder:
+            _call(model, batch)
+        recorders.append(recorder)
+    return recorders
 
 
 def _call(model: nn.Module, sample: Any) -> None:

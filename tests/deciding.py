@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 
 from lightning_compressm.model.layers import select_layers
-from lightning_compressm.reduction.decision import Decision, decide
+from lightning_compressm.reduction.decide import decide
+from lightning_compressm.reduction.decision import Decision
 from lightning_compressm.reduction.policy import ReductionPolicy
 
 

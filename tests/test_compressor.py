@@ -328,7 +328,7 @@ def test_a_sample_that_does_not_fit_changes_nothing(sample: Any):
         ({"criterion": "norm"}, "criterion"),
         ({"selection": "best"}, "selection"),
         ({"layers": "first"}, "layers: expected a list"),
-        ({"ignore": [1]}, "ignore: expected strings"),
+        ({"ignore": [1]}, "ignore: expected a list of glob patterns .strings."),
         ({"layers": ["third"]}, "'third' matches no SSM layer; expected one of: 'first', 'second'"),
         ({"ignore": ["encoder"]}, "'encoder' matches no SSM layer"),
     ],

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import lightning as L
 from torch import Tensor, nn
 
-from benchmarks.comparison.bench import Bench, TimedCompreSSM
-from benchmarks.comparison.tasks import WINDOW_END, CompareTask, LayerKind
+from benchmarks.compare.bench import Bench, TimedCompreSSM
+from benchmarks.compare.tasks import WINDOW_END, CompareTask, LayerKind
 from lightning_compressm import compress, find_ssm_layers
 from lightning_compressm.families import Family
 from lightning_compressm.surgery.apply import apply_plan
@@ -78,7 +78,7 @@ class InTraining(Arm):
     def train(self, bench: Bench, size: int | None) -> L.LightningModule:
         assert size is not None
         callback = TimedCompreSSM(
-            calibration_batches=8,
+            calibration_batches=bench.task.calibration_batches,
             # Every arm ends with the same number of states, whatever that does to the output.
             max_output_error=None,
             verbose=False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from benchmarks.arms._base import InTraining
-from benchmarks.comparison.tasks import CompareTask
+from benchmarks.compare.tasks import CompareTask
 
 
 class Ablation(InTraining):

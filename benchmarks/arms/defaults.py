@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import lightning as L
 
 from benchmarks.arms._base import Arm
-from benchmarks.comparison.bench import Bench, TimedCompreSSM
+from benchmarks.compare.bench import Bench, TimedCompreSSM
 
 
 class Defaults(Arm):

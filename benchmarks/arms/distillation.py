@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.arms._base import Arm, change_loss
-from benchmarks.comparison.bench import Bench
+from benchmarks.compare.bench import Bench
 from benchmarks.data.mqar import IGNORED
 
 _TEMPERATURE = 2.0

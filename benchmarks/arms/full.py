@@ -5,8 +5,8 @@ from __future__ import annotations
 import lightning as L
 
 from benchmarks.arms._base import Arm
-from benchmarks.comparison.bench import Bench
-from benchmarks.comparison.subspace import SubspaceWatch
+from benchmarks.compare.bench import Bench
+from benchmarks.compare.subspace import SubspaceWatch
 
 
 class Full(Arm):

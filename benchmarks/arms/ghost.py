@@ -5,7 +5,7 @@ from __future__ import annotations
 import lightning as L
 
 from benchmarks.arms._base import AfterTraining, cut_by_compress
-from benchmarks.comparison.bench import Bench
+from benchmarks.compare.bench import Bench
 
 
 class Ghost(AfterTraining):

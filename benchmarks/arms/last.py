@@ -6,7 +6,7 @@ import lightning as L
 from torch import Tensor, nn
 
 from benchmarks.arms._base import AfterTraining, keep_states
-from benchmarks.comparison.bench import Bench
+from benchmarks.compare.bench import Bench
 from lightning_compressm.families import Family
 
 

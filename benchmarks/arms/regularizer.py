@@ -8,8 +8,8 @@ import lightning as L
 
 from benchmarks.arms._base import Arm, change_loss, cut_by_compress
 from benchmarks.arms.choices import Choice
-from benchmarks.comparison.bench import Bench
-from benchmarks.comparison.tasks import CompareTask
+from benchmarks.compare.bench import Bench
+from benchmarks.compare.tasks import CompareTask
 from lightning_compressm import HankelRegularizer
 
 # The best of 0.01, 0.1, 1 and 10 on seeds of their own; docs/defaults.md has the figures.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.arms.choices import Choice
-from benchmarks.comparison.tasks import CompareTask
+from benchmarks.compare.tasks import CompareTask
 
 _LOOKS = 5
 

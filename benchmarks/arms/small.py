@@ -5,7 +5,7 @@ from __future__ import annotations
 import lightning as L
 
 from benchmarks.arms._base import Arm
-from benchmarks.comparison.bench import Bench
+from benchmarks.compare.bench import Bench
 
 
 class Small(Arm):

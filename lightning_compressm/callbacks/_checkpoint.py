@@ -40,6 +40,7 @@ class CallbackState:
     history: list[dict[str, Any]]
     looks: int
     looked_at_step: int
+    epoch: int
     sequences: dict[str, Any]
     rollback: dict[str, Any]
     pending: Decision | None
@@ -56,6 +57,7 @@ def read_state(saved: object) -> CallbackState:
         history=_entry(saved, "history", _history),
         looks=_entry(saved, "looks", _plain.count),
         looked_at_step=_entry(saved, "looked_at_step", _plain.integer),
+        epoch=_entry(saved, "epoch", _plain.integer),
         sequences=_entry(saved, "sequences", read_sequences),
         rollback=_entry(saved, "rollback", _rollback),
         pending=_entry(saved, "pending", _pending),
@@ -74,10 +76,7 @@ def read_spectra(saved: object) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 def read_sequences(value: Any) -> dict[str, Any]:
     """What is known of the sequences."""
     lengths = _plain.mapping(value["lengths"]).items()
-    return {
-        "lengths": {_plain.text(name): _plain.count(length) for name, length in lengths},
-        "seen": _plain.count(value["seen"]),
-    }
+    return {"lengths": {_plain.text(name): _plain.count(length) for name, length in lengths}}
 
 
 def check_optimizer_states(optimizers: Iterable[Optimizer], model: nn.Module) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelPruning
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from lightning_compressm.callbacks._limits import accumulation_changes
+from lightning_compressm.callbacks._strategy import is_supported
 from lightning_compressm.errors import UnsupportedStrategyError
 from lightning_compressm.model.layers import SSMLayer, find_ssm_layers
 from lightning_compressm.model.resizing import lacks_resize_hooks
@@ -52,7 +52,7 @@ def _check_trainer(trainer: pl.Trainer) -> None:
         UnsupportedStrategyError: naming what was found and what works.
     """
     strategy = trainer.strategy
-    if type(strategy) not in (SingleDeviceStrategy, DDPStrategy):
+    if not is_supported(strategy):
         raise UnsupportedStrategyError(
             f"{type(strategy).__name__} is not supported; expected a single device or DDP. It "
             "shards or moves parameters in ways that a change of shape breaks."

@@ -76,7 +76,7 @@ class RollbackGuard:
         return self.monitor is not None and self.reference is None
 
     @property
-    def _keeps(self) -> bool:
+    def keeps(self) -> bool:
         """Whether a kept state waits for its verdict."""
         return self._snapshot is not None or self._file is not None
 
@@ -113,7 +113,7 @@ class RollbackGuard:
             A function that drops what was kept now, for a reduction that did not happen: nothing
             must be judged then.
         """
-        if self.monitor is None or self._keeps:
+        if self.monitor is None or self.keeps:
             return lambda: None
         averages = averages_of(trainer, pl_module)
         snapshot = Snapshot.take(pl_module, trainer.optimizers, averages)
@@ -138,7 +138,7 @@ class RollbackGuard:
                 f"{', '.join(map(repr, sorted(metrics)))}. Log it in validation_step."
             )
         value: float = trainer.strategy.broadcast(float(metrics[self.monitor]))
-        if self._keeps and self._is_worse(value):
+        if self.keeps and self._is_worse(value):
             self.verdict = (
                 f"{self.monitor} went from {self.reference:.6g} to {value:.6g}, by more than "
                 f"{self.max_degradation:g}"

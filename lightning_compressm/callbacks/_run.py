@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import time
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
 
 from lightning_compressm.callbacks._checkpoint import CallbackState
 from lightning_compressm.callbacks._limits import fitting, is_last_step, total_steps
+from lightning_compressm.callbacks._ranks import decide_together
 from lightning_compressm.callbacks._rollback import RollbackGuard
-from lightning_compressm.callbacks._strategy import decide_together, swap
+from lightning_compressm.callbacks._strategy import swap
 from lightning_compressm.callbacks._watch import TrainingWatch
 from lightning_compressm.callbacks.schedule import Looks, Schedule
+from lightning_compressm.errors import NonFiniteError
 from lightning_compressm.model.layers import SSMLayer, select_layers
-from lightning_compressm.reduction.decision import Decision, decide
+from lightning_compressm.reduction.decide import decide
+from lightning_compressm.reduction.decision import Decision
 from lightning_compressm.reduction.events import format_table
 from lightning_compressm.reduction.failures import TroubleError
 from lightning_compressm.reduction.policy import ReductionPolicy
@@ -23,6 +30,8 @@ from lightning_compressm.reduction.processes import Processes
 from lightning_compressm.surgery.optimizer import OptimizerStatePolicy
 
 __all__ = ["ReductionRun"]
+
+Fingerprint = tuple[tuple[int, int], ...]
 
 
 class ReductionRun:
@@ -44,6 +53,9 @@ class ReductionRun:
         layers: name -> layer, as of the latest look.
     """
 
+    model: weakref.ReferenceType[nn.Module] | None = None
+    """The one model that all of this is about; nothing of it may reach another one."""
+
     def __init__(
         self,
         policy: ReductionPolicy,
@@ -62,18 +74,46 @@ class ReductionRun:
         self.history: list[dict[str, Any]] = []
         self.pending: Decision | None = None
         self.layers: Mapping[str, SSMLayer] = {}
+        self._left: Fingerprint = ()  # the model as the latest fit left it
+        self._first_step = 0
+        self._bad_step: Tensor | None = None  # the first one with a loss that was not finite
+
+    def goes_on(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        """Whether a new fit goes on with this run: the same Trainer's, on weights as it left them.
+
+        Says so where something that was decided or kept for a verdict falls by the wayside.
+        """
+        if trainer.global_step == 0 or self.model is None:
+            return False
+        same = self.model() is pl_module and self._left == _fingerprint(pl_module)
+        if not same and (self.pending is not None or self.guard.keeps):
+            rank_zero_warn(
+                "CompreSSMCallback drops a reduction that was decided, or waited for its verdict, "
+                "in an earlier fit: the model or its weights are others now."
+            )
+        return same
+
+    def leave(self, pl_module: pl.LightningModule) -> None:
+        """Remember the weights at the end of a fit, however it came."""
+        self.watch.detach()
+        self._left = _fingerprint(pl_module)
 
     @property
     def state_dims(self) -> dict[str, int]:
         """Layer name -> current state dimension; empty before training starts."""
         return {name: layer.state_dim for name, layer in self.layers.items()}
 
-    def begin(self, trainer: pl.Trainer, layers: Mapping[str, SSMLayer]) -> None:
-        """Start or go on with the Trainer's model, and tie the window to this run."""
+    def take(self, pl_module: pl.LightningModule, layers: Mapping[str, SSMLayer]) -> None:
+        """Belong to this model from now on."""
+        self.model = weakref.ref(pl_module)
         self.layers = layers
         self.watch.start(layers)
+
+    def begin(self, trainer: pl.Trainer) -> None:
+        """Tie the window to this run; when training starts, the data is there to count."""
         self.looks.schedule = fitting(self.looks.schedule, trainer)
-        self.looks.begin(trainer.global_step, lambda: total_steps(trainer))
+        self.looks.begin(trainer.global_step, lambda: total_steps(trainer), trainer.current_epoch)
+        self._first_step = trainer.global_step
         if self.looks.too_short:
             rank_zero_warn("CompreSSMCallback: the run is too short for a reduction.")
 
@@ -81,9 +121,15 @@ class ReductionRun:
         """Watch the layers in the next batch, as long as something is to be learnt of the data."""
         self.watch.attach(looking=self.looks.to_come and self.guard.allows_reduction)
 
-    def after_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def before_step(self) -> None:
+        """Before the first optimizer step, see that every layer that needs data gets some."""
+        if self.looks.step == self._first_step and self.looks.to_come:
+            self.watch.check_calls()
+
+    def after_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any) -> None:
         """Act right after an optimizer step, where the schedule says so."""
         self.watch.detach()
+        self._note_loss(outputs, trainer.global_step)
         if not self.looks.advance(trainer.global_step):  # gradients are still being accumulated
             return
         self.roll_back(trainer, pl_module)
@@ -96,7 +142,8 @@ class ReductionRun:
 
     def after_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
         """Look and decide if it is time; what is decided waits for :meth:`execute`."""
-        if not self.guard.allows_reduction or not self.looks.due_after_epoch(epoch):
+        due = self.looks.end_epoch(epoch)
+        if not due or not self.guard.allows_reduction:
             return
         if self.watch.ready:
             self._look(trainer, pl_module, epoch)
@@ -117,17 +164,32 @@ class ReductionRun:
             return decision.at(step, epoch).to_dict()
 
         # Every rank holds the decision of rank 0 afterwards.
-        self.pending = Decision.from_dict(decide_together(trainer.strategy, work))
+        try:
+            self.pending = Decision.from_dict(decide_together(trainer.strategy, work))
+        except NonFiniteError as error:
+            if self._bad_step is not None and (bad := int(self._bad_step)) >= 0:
+                error.add_note(f"the loss was not finite for the first time at step {bad}")
+            raise
         self.looks.done()
+
+    def _note_loss(self, outputs: Any, step: int) -> None:
+        """Without waiting for the device: the value is read only where a look fails."""
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if not isinstance(loss, Tensor) or not self.looks.to_come:
+            return
+        first = loss.new_tensor(-1, dtype=torch.int64) if self._bad_step is None else self._bad_step
+        bad = (first < 0) & ~torch.isfinite(loss.detach()).all()
+        self._bad_step = torch.where(bad, step, first)
 
     def execute(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Carry out what was decided, if anything was."""
         if self.pending is None:
             return
-        decision = self.pending
+        decision, start = self.pending, time.perf_counter()
         try:
             if decision.plan:
                 swap(trainer, pl_module, decision.plan, self.optimizer_state, self.guard.keep)
+                decision = decision.took(time.perf_counter() - start)
         except TroubleError as trouble:
             rank_zero_warn(f"CompreSSMCallback: no reduction, the swap failed: {trouble.reason}")
             decision = decision.skipped(f"the swap failed: {trouble.reason}")
@@ -162,7 +224,13 @@ class ReductionRun:
     def load_state_dict(self, saved: CallbackState) -> None:
         """Go on from a checkpoint; the window stays what it was."""
         self.looks.window, self.looks.count = saved.window, saved.looks
-        self.looks.at_step = saved.looked_at_step
+        self.looks.at_step, self.looks.epoch = saved.looked_at_step, saved.epoch
         self.history, self.pending = saved.history, saved.pending
         self.watch.load_state_dict(saved.sequences)
         self.guard.load_state_dict(saved.rollback)
+
+
+def _fingerprint(module: nn.Module) -> Fingerprint:
+    """Which tensors a model has, and how often they were changed in place."""
+    tensors = (*module.parameters(), *module.buffers())
+    return tuple((id(t), -1 if t.is_inference() else t._version) for t in tensors)

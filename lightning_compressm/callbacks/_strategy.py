@@ -1,143 +1,48 @@
-"""What a Trainer's strategy has to do with a reduction: exchanges, all or nothing, DDP re-wrap."""
+"""What a Trainer's strategy has to do with a change of shape: all ranks or none, DDP re-wrap.
+
+A strategy is supported if something is registered here by :func:`refreshes`.
+"""
 
 from __future__ import annotations
 
-import gc
-import pickle
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
-import torch
-from lightning.pytorch.strategies import DDPStrategy, Strategy
-from torch import Tensor
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
 from lightning_compressm.callbacks._averages import averages_of
-from lightning_compressm.errors import CompreSSMError, SurgeryError
+from lightning_compressm.callbacks._ranks import Ranks
 from lightning_compressm.model.change import change
-from lightning_compressm.reduction.failures import Reach, TroubleError, describe, reach_of
-from lightning_compressm.reduction.processes import Processes
 from lightning_compressm.surgery.optimizer import OptimizerStatePolicy
 from lightning_compressm.surgery.plan import SurgeryPlan
 
-__all__ = [
-    "Ranks",
-    "carry_out",
-    "decide_together",
-    "swap",
-]
+__all__ = ["carry_out", "is_supported", "refreshes", "swap"]
 
-T = TypeVar("T")
+Refresh = Callable[[Any, ExitStack], Callable[[], None]]
+"""Lets a strategy take up new parameters, and puts what takes that back on the stack first; gives
+what lets go of the old ones, to be called when nothing can fail any more."""
 
+RefreshT = TypeVar("RefreshT", bound=Refresh)
+
+_REFRESH: dict[type[Strategy], Refresh] = {}
 _POWER_SGD = ("error_dict", "p_memory_dict", "q_memory_dict", "iter")
 
 
-class Ranks(Processes):
-    """The processes of a Trainer's strategy, kept in step whatever fails in one of them.
+def refreshes(strategy: type[Strategy]) -> Callable[[RefreshT], RefreshT]:
+    """Decorator: a function that lets this very class of strategies take up new parameters."""
 
-    Before each exchange, and at the end of each piece of work, all ranks say how they fare, so that
-    none waits for one that has left. All exchanges end with the strategy's timeout at the latest.
-    """
+    def register(refresh: RefreshT) -> RefreshT:
+        _REFRESH[strategy] = refresh
+        return refresh
 
-    def __init__(self, strategy: Strategy) -> None:
-        self.strategy = strategy
-        self.size = int(getattr(strategy, "world_size", 1))
-        self.rank = int(getattr(strategy, "global_rank", 0))
-        self._over = False  # the others know of the end, or can't be reached
-
-    def add_up(self, total: Tensor) -> Tensor:
-        """The sum over all ranks, on the tensor's device."""
-        self._tell(Reach.NONE)
-        there = total.detach().clone().to(self.strategy.root_device)
-        summed: Tensor = self._exchange(lambda: self.strategy.reduce(there, reduce_op="sum"))
-        return summed.to(total.device)
-
-    def agree(self, value: T) -> T:
-        """What rank 0 has."""
-        return self.give(value, 0)
-
-    def give(self, value: T, owner: int) -> T:
-        """What the rank ``owner`` has."""
-        if self.size > 1 and self.rank == owner:
-            pickle.dumps(value)  # what can't be sent must not fail while the others wait for it
-        self._tell(Reach.NONE)
-        given: T = self._exchange(lambda: self.strategy.broadcast(value, src=owner))
-        return given
-
-    def together(self, work: Callable[[], T]) -> T:
-        """Do something on all ranks: it succeeds on all of them, or on none.
-
-        Raises:
-            TroubleError: on all ranks, if one met trouble that concerns one layer only.
-            OtherRankError: if another rank failed altogether.
-            Exception: whatever else ``work`` raised here; the other ranks raise as well.
-        """
-        try:
-            result = work()
-        except TroubleError:
-            raise  # met in an exchange, so all ranks know of it
-        except Exception as error:
-            if self._over:
-                raise
-            reach, reason = reach_of(error), describe(error)
-            self._tell(reach, f"rank {self.rank}: {reason}" if self.size > 1 else reason)
-            raise
-        self._tell(Reach.NONE)
-        return result
-
-    def _tell(self, reach: Reach, reason: str = "") -> None:
-        """Say how this rank fares, and hear how the worst one does.
-
-        Returns only if all are well, or if this rank is the one whose exception ends the work.
-        """
-        mine = reach * self.size + (self.rank if reach else 0)
-        code = torch.tensor(mine, device=self.strategy.root_device)
-        worst, rank = divmod(
-            int(self._exchange(lambda: self.strategy.reduce(code, reduce_op="max"))), self.size
-        )
-        if worst == Reach.NONE:
-            return
-        self._over = worst == Reach.RUN
-        reason = self._exchange(lambda: self.strategy.broadcast(reason, src=rank))
-        if worst < Reach.RUN:
-            raise TroubleError(Reach(worst), reason)
-        if reach < Reach.RUN:
-            raise OtherRankError(f"another process failed; nothing was changed here ({reason}).")
-
-    def _exchange(self, exchange: Callable[[], Any]) -> Any:
-        try:
-            return exchange()
-        except Exception as error:
-            self._over = True
-            raise ExchangeError(
-                "the processes could not exchange what a reduction needs; nothing was changed "
-                f"here. Another one has ended or hangs ({describe(error)})."
-            ) from error
+    return register
 
 
-class OtherRankError(SurgeryError):
-    """A step that all ranks take together failed elsewhere."""
-
-
-class ExchangeError(SurgeryError):
-    """The ranks can't reach each other any more."""
-
-
-def decide_together(strategy: Strategy, decide: Callable[[Processes], T]) -> T:
-    """Run ``decide`` on every rank; all get the result of rank 0, or all raise.
-
-    Raises:
-        CompreSSMError: or whatever else ``decide`` raised here; :class:`OtherRankError` where
-            another rank failed; :class:`ExchangeError` where one can't be reached.
-    """
-    ranks = Ranks(strategy)
-    try:
-        return ranks.together(lambda: ranks.agree(decide(ranks)))
-    except (CompreSSMError, ValueError):
-        raise
-    except Exception as error:
-        raise CompreSSMError(f"the analysis failed: {describe(error)}") from error
+def is_supported(strategy: Strategy) -> bool:
+    """Whether models under this strategy can be reduced."""
+    return type(strategy) in _REFRESH
 
 
 def swap(
@@ -187,22 +92,41 @@ def carry_out(strategy: Strategy, work: Callable[[ExitStack], None]) -> None:
     ranks = Ranks(strategy)
     with ExitStack() as undo:
         ranks.together(lambda: work(undo))
-        if isinstance(strategy, DDPStrategy):
-            undo.callback(_wrapper_restorer(strategy))
-            # A rank that fails here tells nobody: the others may be in an exchange of DDP's own,
-            # which ends when this rank does, or with the strategy's timeout.
-            _rewrap(strategy)
-            ranks.together(lambda: None)
+        # A rank that fails here tells nobody: the others may be in an exchange of the strategy's
+        # own, which ends when this rank does, or with the strategy's timeout.
+        let_go = _REFRESH[type(strategy)](strategy, undo)
+        ranks.together(lambda: None)
         undo.pop_all()  # from here on nothing is taken back
-    gc.collect()  # the old reducer's hooks on parameters that stayed must go now
+    let_go()
 
 
-def _rewrap(strategy: DDPStrategy) -> None:
+@refreshes(SingleDeviceStrategy)
+def _nothing(strategy: SingleDeviceStrategy, undo: ExitStack) -> Callable[[], None]:
+    """The model itself is all that there is."""
+    return lambda: None
+
+
+@refreshes(DDPStrategy)
+def _rewrap(strategy: DDPStrategy, undo: ExitStack) -> Callable[[], None]:
     """DDP buckets the parameters it saw at construction; give it the new ones."""
+    old = strategy.model
+    undo.callback(_wrapper_restorer(strategy))
     strategy.model = strategy.lightning_module
     strategy._pl_static_graph_delay_done = False
     _forget_compression(strategy._ddp_comm_state)
     strategy.configure_ddp()
+    return lambda: _drop_reducer(old)
+
+
+def _drop_reducer(wrapper: Any) -> None:
+    """Its hooks on parameters that stayed would fire in every backward pass.
+
+    The wrapper is part of a circle, so it lives on for a while; the reducer goes with the last of
+    the two attributes that hold it.
+    """
+    for name in ("logger", "reducer"):
+        if hasattr(wrapper, name):
+            delattr(wrapper, name)
 
 
 def _forget_compression(state: Any) -> None:

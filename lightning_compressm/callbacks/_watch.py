@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_compressm.errors import CalibrationError
 from lightning_compressm.model.layers import SSMLayer
 from lightning_compressm.reduction.policy import ReductionPolicy
 from lightning_compressm.reduction.recorder import CallRecorder, Seen
@@ -13,10 +15,10 @@ __all__ = ["TrainingWatch"]
 
 
 class TrainingWatch:
-    """Listens to the SSM layers during training batches.
+    """Listens to the SSM layers during training batches, as long as a look is to come.
 
-    Lengths come from the first batches. Inputs of selective layers are those of the latest batches,
-    so that a look sees the layer as it is fed at that time; they are not saved.
+    Lengths are the longest of all batches so far. Inputs of layers that need data are those of the
+    latest batches, so that a look sees the layer as it is fed at that time; they are not saved.
 
     Attributes:
         lengths: layer name -> longest sequence seen, in steps.
@@ -24,30 +26,28 @@ class TrainingWatch:
 
     def __init__(self, policy: ReductionPolicy, batches: int) -> None:
         self.policy = policy
-        self.batches = batches
         self.lengths: dict[str, int] = {}
-        self._seen = 0
         self._layers: Mapping[str, SSMLayer] = {}
         self._recorder: CallRecorder | None = None
-        self._inputs: dict[str, list[Any]] = {}
+        self._latest: deque[CallRecorder] = deque(maxlen=batches)
+        self._copied: set[str] = set()  # layers whose inputs the model changes in place
 
     def start(self, layers: Mapping[str, SSMLayer]) -> None:
         """Listen to these layers from now on, and forget what others got."""
         self._layers = layers
-        self._inputs = {}
+        self._latest.clear()
 
     def attach(self, *, looking: bool) -> None:
         """Listen to one batch, if anything about it is wanted.
 
         Args:
-            looking: whether a look is still to come, for which inputs are wanted.
+            looking: whether a look is still to come.
         """
         self.drop()
-        lengths = self.policy.horizon == "auto" and self._seen < self.batches
         if not looking:
-            self._inputs = {}
-        if lengths or (self._wanted and looking):
-            self._recorder = CallRecorder(self._layers)
+            self._latest.clear()
+        elif self._wanted or self.policy.horizon == "auto":
+            self._recorder = CallRecorder(self._layers, self._copied)
 
     def detach(self) -> None:
         """Keep what was heard; safe to call at any time."""
@@ -57,9 +57,7 @@ class TrainingWatch:
         self.drop()
         for name, length in recorder.lengths.items():
             self.lengths[name] = max(length, self.lengths.get(name, 0))
-        for name, calls in recorder.inputs.items():
-            self._inputs[name] = [*self._inputs.get(name, []), *calls][-self.batches :]
-        self._seen += 1
+        self._latest.append(recorder)
 
     def drop(self) -> None:
         """Stop listening; alone, to a batch that was skipped (a hook returned -1 at its start)."""
@@ -67,10 +65,34 @@ class TrainingWatch:
             self._recorder.close()
             self._recorder = None
 
+    def check_calls(self) -> None:
+        """Refuse layers that can't be looked at without data and got none; before the first step.
+
+        Raises:
+            CalibrationError: naming them.
+        """
+        heard = [*self._latest, *([] if self._recorder is None else [self._recorder])]
+        silent = self._wanted - {name for recorder in heard for name in recorder.inputs}
+        if silent and heard:
+            raise CalibrationError(
+                f"expected training_step to call {', '.join(map(repr, sorted(silent)))} with whole "
+                "sequences, got no such call before the first step: what a selective layer's "
+                "states are worth depends on its input. Put a layer that is not used into `ignore`."
+            )
+
     @property
     def ready(self) -> bool:
-        """Whether there is calibration data if it is needed; right after a resume there is none."""
-        return not self._wanted or bool(self._wanted & self._inputs.keys())
+        """Whether there is calibration data if it is needed.
+
+        There is none right after a resume, and where the model has changed it in place; then it is
+        copied from now on.
+        """
+        changed = {name for recorder in self._latest for name in recorder.changed}
+        if changed:
+            self._copied |= changed
+            self._latest.clear()
+        heard = {name for recorder in self._latest for name in recorder.inputs}
+        return not self._wanted or bool(self._wanted & heard)
 
     @property
     def _wanted(self) -> set[str]:
@@ -80,13 +102,12 @@ class TrainingWatch:
     @property
     def seen(self) -> Seen:
         """What is known of the data by now."""
-        return Seen(self.lengths, self._inputs)
+        return Seen(self.lengths, Seen.in_batches(self._latest).inputs)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types only."""
-        return {"lengths": dict(self.lengths), "seen": self._seen}
+        return {"lengths": dict(self.lengths)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a saved state."""
         self.lengths = dict(state_dict["lengths"])
-        self._seen = state_dict["seen"]

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from torch.optim import Optimizer
 
 from lightning_compressm._rules import COUNT, FLAG, one_of
 from lightning_compressm.callbacks._averages import (
@@ -186,23 +187,22 @@ class CompreSSMCallback(Callback):
         self._fitting = stage == "fit"
         if self._fitting:
             check_setup(trainer, pl_module)
-            if trainer.global_step == 0:
+            if not self._run.goes_on(trainer, pl_module):
                 self._run = self._new_run()
         install_resize_hooks(pl_module)
         install_hooks_on_averages(trainer, pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check layers and optimizers, and tie the window to this run."""
+        """Check layers and optimizers."""
         layers = select_layers(pl_module, self.policy.layers, self.policy.ignore, to_reduce=True)
         check_fit(trainer, layers.values())
         self._run.guard.check(trainer, len(_all_together(trainer)))
         align_averages(trainer, pl_module)
-        self._run.begin(trainer, layers)
+        self._run.take(pl_module, layers)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check what a checkpoint gave the optimizers; it is restored only now."""
-        # Without it, the first batch of a resumed accumulation would look like an optimizer step.
-        self._run.looks.advance(trainer.global_step)
+        """Tie the window to this run; check what a checkpoint gave the optimizers only now."""
+        self._run.begin(trainer)
         check_optimizer_states(trainer.optimizers, pl_module)
 
     # -- training ----------------------------------------------------------------------------
@@ -220,6 +220,12 @@ class CompreSSMCallback(Callback):
         """Watch the layers, as long as something about the data is to be learnt."""
         self._run.listen()
 
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """See that every layer that needs data gets some."""
+        self._run.before_step()
+
     def on_train_batch_end(
         self,
         trainer: pl.Trainer,
@@ -229,7 +235,7 @@ class CompreSSMCallback(Callback):
         batch_idx: int,
     ) -> None:
         """Act right after an optimizer step, where the schedule says so."""
-        self._run.after_batch(trainer, pl_module)
+        self._run.after_batch(trainer, pl_module, outputs)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Judge the latest reductions."""
@@ -252,7 +258,12 @@ class CompreSSMCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Detach from the layers."""
-        self._run.watch.detach()
+        self._run.leave(pl_module)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Remember the weights as this fit leaves them."""
+        if stage == "fit":
+            self._run.leave(pl_module)
 
     # -- logs and checkpoints ----------------------------------------------------------------
 

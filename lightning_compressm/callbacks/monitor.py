@@ -10,12 +10,12 @@ from torch import Tensor
 
 from lightning_compressm._rules import COUNT
 from lightning_compressm.callbacks._checkpoint import read_spectra
-from lightning_compressm.callbacks._strategy import decide_together
+from lightning_compressm.callbacks._ranks import decide_together
 from lightning_compressm.callbacks._watch import TrainingWatch
 from lightning_compressm.control import order_for_energy
 from lightning_compressm.model.layers import select_layers
 from lightning_compressm.model.resizing import install_resize_hooks
-from lightning_compressm.reduction.decision import measure_spectra
+from lightning_compressm.reduction.decide import measure_spectra
 from lightning_compressm.reduction.policy import BalanceChoice, ReductionPolicy
 from lightning_compressm.reduction.processes import Processes
 
@@ -132,6 +132,12 @@ class HankelMonitor(Callback):
             rank = order_for_energy(sigma, self.tolerance) if sigma.any() else 0
             metrics[f"hankel/rank/{name}"] = float(rank)
         pl_module.log_dict(metrics, sync_dist=trainer.world_size > 1)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Detach from the layers."""
+        self._watch.detach()
 
     def state_dict(self) -> dict[str, Any]:
         """The history; plain types and tensors."""

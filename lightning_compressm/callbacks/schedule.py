@@ -134,6 +134,7 @@ class Looks:
         window: those tied to this run; ``None`` before :meth:`begin`.
         count: looks so far.
         at_step: optimizer steps done at the latest one, -1 before the first.
+        epoch: the latest one at whose end it was asked whether to look, -1 before the first.
         overdue: whether one waits for what it needs (data, or a first validation).
         step: optimizer steps that the run has done.
 
@@ -151,15 +152,17 @@ class Looks:
     window: Window | None = None
     count: int = 0
     at_step: int = -1
+    epoch: int = -1
     overdue: bool = False
     step: int = 0
     _before: int = 0
 
-    def begin(self, step: int, total_steps: Callable[[], float | None]) -> None:
+    def begin(self, step: int, total_steps: Callable[[], float | None], epoch: int = 0) -> None:
         """Start or go on at ``step`` optimizer steps; a window that is tied stays what it is.
 
         Args:
             step: optimizer steps done before.
+            epoch: the one that begins or goes on, from 0.
             total_steps: gives those of the whole run, ``None`` if unknown; asked only if needed.
 
         Raises:
@@ -168,6 +171,7 @@ class Looks:
         self.step = self._before = step
         if self.window is None:
             self.window = self.schedule.resolve(total_steps())
+            self.epoch = epoch - 1  # nothing is made up for that came before
 
     @property
     def too_short(self) -> bool:
@@ -197,6 +201,15 @@ class Looks:
         at_end = ending_epoch is not None and self.due_after_epoch(ending_epoch)
         return (self.overdue or due) and not at_end
 
+    def end_epoch(self, epoch: int) -> bool:
+        """Whether to look, asked once at the end of each epoch; later only if it was missed then.
+
+        So that a run that goes on in the middle of an epoch does not make up for one that it had.
+        """
+        due = epoch > self.epoch and self.due_after_epoch(epoch)
+        self.epoch = max(epoch, self.epoch)
+        return due
+
     def due_after_epoch(self, epoch: int) -> bool:
         """Whether to look at the end of ``epoch``, from 0, unless it was looked at already."""
         return (
@@ -218,6 +231,7 @@ class Looks:
             "window": None if window is None else [window.start, window.end],
             "looks": self.count,
             "looked_at_step": self.at_step,
+            "epoch": self.epoch,
         }
 
 

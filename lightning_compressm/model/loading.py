@@ -25,6 +25,7 @@ __all__ = ["load_compressed"]
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
+@torch.inference_mode(False)
 def load_compressed(
     model: ModuleT,
     checkpoint: str | PathLike[str] | Mapping[str, Any],

@@ -8,11 +8,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_compressm.nn._autocast import full_precision
+from lightning_compressm.nn._once import once_differentiable
+from lightning_compressm.nn._plain import (
+    in_chunks,
+    out_of_chunks,
+    plain_scan,
+    states_before,
+    wants_plain_operations,
+)
+from lightning_compressm.nn._powers import powers_by_doubling
 
-__all__ = ["bank_chunk", "chunked_bank", "powers_by_doubling"]
+__all__ = ["bank_chunk", "chunked_bank"]
 
 # Measured on a CPU with 4 to 128 states, 1 to 50 sequences of 128 to 8192 steps.
 _CHUNK = 32
@@ -68,14 +76,28 @@ def chunked_bank(
     c_re, c_im = (part.to(dtype).unsqueeze(-1) for part in read_out)
     seen = torch.stack((c_re * p_re - c_im * p_im, -(c_re * p_im + c_im * p_re)), 2)
     response = seen[:, :, 0, :-1].sum(1)
-    outputs: Tensor = _apply(
-        F.pad(inputs, (0, 0, 0, count * chunk - length)),
-        torch.stack((top_re, top_im), -1).to(dtype),
-        _toeplitz(response, feedthrough.to(dtype)),
-        into,
-        seen[..., 1:].flatten(1, 2),
-    )
+    weights = (_toeplitz(response, feedthrough.to(dtype)), into, seen[..., 1:].flatten(1, 2))
+    if wants_plain_operations():
+        return _plain_product(inputs, (top_re, top_im), *weights)
+    padded = F.pad(inputs, (0, 0, 0, count * chunk - length))
+    outputs: Tensor = _apply(padded, torch.stack((top_re, top_im), -1).to(dtype), *weights)
     return outputs[:, :length]
+
+
+def _plain_product(
+    inputs: Tensor, power: tuple[Tensor, Tensor], within: Tensor, into: Tensor, out: Tensor
+) -> Tensor:
+    """What :class:`_BankProduct` computes, in plain operations and for chunks as long as theirs."""
+    length, states = inputs.shape[1], power[0].shape[1]
+    chunks = in_chunks(inputs.movedim(1, 0)).permute(3, 0, 2, 1)
+    width, count, batch, _ = chunks.shape
+    rows = chunks.contiguous().flatten(1, 2)
+    ends = (rows @ into.mT).reshape(width, count, batch, states, 2).transpose(0, 1)
+    factor = (power[0].unsqueeze(1), power[1].unsqueeze(1))
+    after = torch.stack(plain_scan(factor, (ends[..., 0], ends[..., 1])), -1)
+    before = states_before(after).transpose(0, 1).contiguous().flatten(3).flatten(1, 2)
+    outputs = (rows @ within + before @ out).reshape(width, count, batch, within.shape[1])
+    return out_of_chunks(outputs.permute(1, 3, 2, 0), length).movedim(0, 1)
 
 
 # Complex numbers only in here: torch.compile can't generate code for them.
@@ -165,22 +187,3 @@ def _toeplitz(response: Tensor, feedthrough: Tensor) -> Tensor:
 
 def _as_complex(pairs: Tensor) -> Tensor:
     return torch.view_as_complex(torch.unflatten(pairs, -1, (-1, 2)))
-
-
-def powers_by_doubling(re: Tensor, im: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Powers 0 to count - 1 along a new last dimension, and power ``count``, by doubling."""
-    re, im = re.unsqueeze(-1), im.unsqueeze(-1)
-    base_re, base_im = re, im
-    powers_re, powers_im = torch.ones_like(re), torch.zeros_like(im)
-    while powers_re.shape[-1] < count:
-        next_re = base_re * powers_re - base_im * powers_im
-        next_im = base_re * powers_im + base_im * powers_re
-        powers_re, powers_im = (
-            torch.cat((powers_re, next_re), -1),
-            torch.cat((powers_im, next_im), -1),
-        )
-        base_re, base_im = base_re.square() - base_im.square(), 2 * base_re * base_im
-    powers_re, powers_im = powers_re[..., :count], powers_im[..., :count]
-    last_re, last_im = powers_re[..., -1:], powers_im[..., -1:]
-    top_re, top_im = re * last_re - im * last_im, re * last_im + im * last_re
-    return powers_re, powers_im, top_re.squeeze(-1), top_im.squeeze(-1)

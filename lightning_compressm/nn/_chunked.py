@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_compressm.nn._autocast import full_precision
 from lightning_compressm.nn._forms import form_for
+from lightning_compressm.nn._once import once_differentiable
 
 __all__ = ["best_chunk", "chunked_diagonal"]
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_compressm.nn._autocast import full_precision
+from lightning_compressm.nn._plain import wants_plain_operations
 
 __all__ = ["batched_product", "causal_convolution"]
 
@@ -37,6 +37,8 @@ def _fast_size(least: int) -> int:
 
 def batched_product(left: Tensor, right: Tensor) -> Tensor:
     """Return ``left @ right``, whose backward pass autocast leaves alone, too."""
+    if wants_plain_operations():
+        return left @ right
     product: Tensor = _Product.apply(left, right)
     return product
 
@@ -51,7 +53,6 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled step gets here too
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         left, right = ctx.saved_tensors
         with full_precision(grad.device):

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_compressm.nn._autocast import full_precision
 from lightning_compressm.nn._chunked import best_chunk, chunked_diagonal
 from lightning_compressm.nn._forms import form_for
+from lightning_compressm.nn._once import once_differentiable
+from lightning_compressm.nn._plain import plain_diagonal, wants_plain_operations
 from lightning_compressm.nn._row_blocks import row_blocks
 
 __all__ = ["fused_diagonal", "fused_lru"]
@@ -47,7 +48,11 @@ def fused_lru(
     Returns:
         (batch, L, H) in the dtype of ``inputs``.
     """
-    outputs: Tensor = _apply(inputs, decay, phase, input_weight, output_weight, feedthrough)
+    weights = (input_weight, output_weight, feedthrough)
+    if wants_plain_operations():
+        radius = torch.exp(-decay)
+        return plain_diagonal(inputs, (radius * phase.cos(), radius * phase.sin()), *weights)
+    outputs: Tensor = _apply(inputs, decay, phase, *weights)
     return outputs
 
 
@@ -60,7 +65,10 @@ def fused_diagonal(
     feedthrough: Tensor,
 ) -> Tensor:
     """The same for eigenvalues given by their real and imaginary parts, (N,) each."""
-    outputs: Tensor = _apply_cartesian(inputs, real, imag, input_weight, output_weight, feedthrough)
+    weights = (input_weight, output_weight, feedthrough)
+    if wants_plain_operations():
+        return plain_diagonal(inputs, (real, imag), *weights)
+    outputs: Tensor = _apply_cartesian(inputs, real, imag, *weights)
     return outputs
 
 

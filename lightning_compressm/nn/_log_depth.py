@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_compressm._precision import wide_dtype
 from lightning_compressm.nn._adjoint import shifted_product
-from lightning_compressm.nn._two_level import widest_complex
 
 __all__ = ["adjoint_scan_", "powers_of", "scan_"]
 
@@ -21,7 +21,7 @@ def powers_of(eigenvalues: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     Shape (max(1, ceil(log2 L)), N). With :math:`|\lambda| > 1` the last of them, about
     :math:`\lambda^{L/2}`, must not overflow, or states become NaN.
     """
-    powers = [eigenvalues.to(widest_complex(eigenvalues.device))]
+    powers = [eigenvalues.to(wide_dtype(eigenvalues.device).to_complex())]
     for _ in range((length - 1).bit_length() - 1):
         powers.append(powers[-1].square())
     return torch.stack(powers).to(dtype)

@@ -102,6 +102,7 @@ def _states_to_take(
     return states
 
 
+@torch.inference_mode(False)  # its tensors could not be trained
 def _resize(layer: ResizableLayer, current: Mapping[str, Tensor], states: int) -> None:
     """Check and build all new tensors, then put them in place of the old ones wherever these are.
 

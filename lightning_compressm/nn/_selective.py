@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_compressm.nn._autocast import full_precision
+from lightning_compressm.nn._once import once_differentiable
+from lightning_compressm.nn._plain import wants_plain_operations
+from lightning_compressm.nn._plain_selective import plain_selective
 from lightning_compressm.nn._row_blocks import row_blocks
 
 __all__ = ["CHUNK", "selective_recurrence"]
@@ -39,6 +41,8 @@ def selective_recurrence(
     Returns:
         Outputs, like ``inputs``, and the last state, like ``initial``.
     """
+    if wants_plain_operations():
+        return plain_selective(inputs, steps, A, B, C, initial)
     outputs, last = _apply(inputs, steps, A, B, C, initial)
     return outputs, last
 

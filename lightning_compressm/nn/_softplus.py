@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_compressm.nn._plain import wants_plain_operations
+
 __all__ = ["softplus"]
 
 
@@ -23,7 +25,7 @@ def softplus(values: Tensor) -> Tensor:
     Source:
         The logarithm of 1 + e is that of the rounded sum, plus its rounding error over the sum.
     """
-    if values.device.type != "cpu":
+    if values.device.type != "cpu" or wants_plain_operations():
         return F.softplus(values)
     result: Tensor = _Softplus.apply(values)
     return result

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_compressm.nn._two_level import widest_complex
+from lightning_compressm._precision import wide_dtype
 
 __all__ = ["adjoint_scan_", "powers_of", "scan_"]
 
@@ -94,7 +94,7 @@ def powers_of(eigenvalues: Tensor, length: int, dtype: torch.dtype) -> Tensor:
 
     The length plays no part: every tile has the same number of steps.
     """
-    wide = eigenvalues.to(widest_complex(eigenvalues.device))
+    wide = eigenvalues.to(wide_dtype(eigenvalues.device).to_complex())
     return wide.expand(STEPS, -1).cumprod(0).to(dtype).contiguous()
 
 

@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_compressm._precision import wide_dtype
 from lightning_compressm.nn._adjoint import shifted_product
 
 __all__ = ["adjoint_scan_", "powers_of", "scan_"]
@@ -27,14 +28,8 @@ def chunk_length(length: int) -> int:
 
 def powers_of(eigenvalues: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     """Return ``eigenvalues ** (1, ..., Q)``, shape (Q, N), rounded only once to ``dtype``."""
-    wide = eigenvalues.to(widest_complex(eigenvalues.device))
+    wide = eigenvalues.to(wide_dtype(eigenvalues.device).to_complex())
     return wide.expand(chunk_length(length), -1).cumprod(0).to(dtype)
-
-
-def widest_complex(device: torch.device) -> torch.dtype:
-    """The complex type that powers are computed in."""
-    # MPS has no float64.
-    return torch.complex64 if device.type == "mps" else torch.complex128
 
 
 def scan_(states: Tensor, powers: Tensor, *, reverse: bool = False) -> None:

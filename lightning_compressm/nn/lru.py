@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_compressm._precision import wide_dtype
 from lightning_compressm.nn._autocast import full_precision
 from lightning_compressm.nn._checks import check_dtype, check_inputs, check_size, check_state
 from lightning_compressm.nn._fused import fused_lru
@@ -34,7 +35,9 @@ class LRU(ResizableLayer):
 
     Half-precision parameters and inputs, autocast included, are computed in float32 (the
     eigenvalues and their powers in float64); the output has the dtype of the input. A checkpoint
-    with another number of states resizes the layer when it is loaded.
+    with another number of states resizes the layer when it is loaded. While it is exported or
+    traced, and under the transforms of ``torch.func``, the layer runs in plain operations, which
+    leave the number of sequences and of steps open.
 
     Args:
         d_model: inputs and outputs H, >= 1.
@@ -177,7 +180,7 @@ class LRU(ResizableLayer):
     def _decay_and_phase(self) -> tuple[Tensor, Tensor]:
         """Return -log |lambda| and arg lambda, (N,)."""
         # Near the unit circle 1 - |lambda| is small: in float32 it would lose its digits.
-        wide = torch.float32 if self.nu_log.device.type == "mps" else torch.float64
+        wide = wide_dtype(self.nu_log.device)
         return self.nu_log.to(wide).exp(), self.theta_log.to(wide).exp()
 
     def _weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

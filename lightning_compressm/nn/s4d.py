@@ -9,8 +9,9 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_compressm._precision import wide_dtype
 from lightning_compressm.nn._autocast import full_precision
-from lightning_compressm.nn._bank import bank_chunk, chunked_bank, powers_by_doubling
+from lightning_compressm.nn._bank import bank_chunk, chunked_bank
 from lightning_compressm.nn._checks import (
     check_choice,
     check_dtype,
@@ -22,6 +23,8 @@ from lightning_compressm.nn._checks import (
 from lightning_compressm.nn._convolution import batched_product, causal_convolution
 from lightning_compressm.nn._discretize import DISCRETIZATIONS, Discretization, discretize
 from lightning_compressm.nn._hippo import hippo_normal
+from lightning_compressm.nn._plain import CHUNK, wants_plain_operations
+from lightning_compressm.nn._powers import powers_by_doubling
 from lightning_compressm.nn._resize import ResizableLayer
 
 __all__ = ["S4D"]
@@ -48,7 +51,9 @@ class S4D(ResizableLayer):
     Otherwise they are convolved by FFT, with a kernel made of two factors of about
     :math:`\sqrt L` powers each. Powers are computed in float64. Half-precision parameters and
     inputs, autocast included, are computed in float32; the output has the dtype of the input. A
-    checkpoint with another number of states resizes the layer when it is loaded.
+    checkpoint with another number of states resizes the layer when it is loaded. While it is
+    exported or traced, and under the transforms of ``torch.func``, the layer runs in plain
+    operations, which leave the number of sequences and of steps open.
 
     Args:
         d_model: channels H, >= 1.
@@ -167,9 +172,13 @@ class S4D(ResizableLayer):
         return outputs.to(inputs.dtype)
 
     def _respond(self, u: Tensor) -> Tensor:
-        chunk = bank_chunk(u.shape[0], u.shape[1], self.A_imag.shape[1])
-        # Only on a CPU was it measured which form is faster.
-        if chunk is not None and u.device.type == "cpu":
+        if wants_plain_operations():
+            chunk: int | None = CHUNK
+        elif u.device.type == "cpu":
+            chunk = bank_chunk(u.shape[0], u.shape[1], self.A_imag.shape[1])
+        else:  # only on a CPU was it measured which form is faster
+            chunk = None
+        if chunk is not None:
             re, im, gain_re, gain_im = self._discrete()
             weights = self._read_out(gain_re, gain_im)
             return chunked_bank(chunk, u, (re, im), weights, self.D)
@@ -222,7 +231,7 @@ class S4D(ResizableLayer):
     def _discrete(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Eigenvalues and input gains, real and imaginary parts, (H, N)."""
         # In float32 an eigenvalue near the unit circle would lose its digits.
-        wide = torch.float32 if self.C.device.type == "mps" else torch.float64
+        wide = wide_dtype(self.C.device)
         step = self.log_dt.to(wide).exp().unsqueeze(-1)
         decay, frequency = self.log_A_real.to(wide).exp(), self.A_imag.to(wide)
         return discretize(decay, frequency, step, self.discretization)

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_compressm._precision import wide_dtype
 from lightning_compressm.nn._autocast import full_precision
 from lightning_compressm.nn._checks import (
     check_choice,
@@ -43,7 +44,9 @@ class S5(ResizableLayer):
 
     Half-precision parameters and inputs, autocast included, are computed in float32 (the
     eigenvalues and their powers in float64); the output has the dtype of the input. A checkpoint
-    with another number of states resizes the layer when it is loaded.
+    with another number of states resizes the layer when it is loaded. While it is exported or
+    traced, and under the transforms of ``torch.func``, the layer runs in plain operations, which
+    leave the number of sequences and of steps open.
 
     Args:
         d_model: inputs and outputs H, >= 1.
@@ -205,7 +208,7 @@ class S5(ResizableLayer):
     def _discrete(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Eigenvalues and input gains, real and imaginary parts, (N,)."""
         # In float32 an eigenvalue near the unit circle would lose its digits.
-        wide = torch.float32 if self.B_re.device.type == "mps" else torch.float64
+        wide = wide_dtype(self.B_re.device)
         step, decay = self.log_step.to(wide).exp(), self.log_Lambda_re.to(wide).exp()
         return discretize(decay, self.Lambda_im.to(wide), step, self.discretization)
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_compressm.nn._forms import form_for
+from lightning_compressm.nn._once import once_differentiable
+from lightning_compressm.nn._plain import plain_linear_recurrence, wants_plain_operations
 from lightning_compressm.nn._row_blocks import row_blocks
 
 __all__ = ["linear_recurrence"]
@@ -29,8 +30,10 @@ def linear_recurrence(
     once.
 
     Gradients flow to all three arguments, once: differentiating a gradient raises
-    ``RuntimeError``. Autocast leaves complex numbers alone. Under ``torch.compile`` the scan runs
-    eagerly at a graph break, because compiled complex scans are slower.
+    ``RuntimeError`` unless ``torch.func`` took it. Autocast leaves complex numbers alone. Under
+    ``torch.compile`` the scan runs eagerly at a graph break, because compiled complex scans are
+    slower. While it is exported or traced, and under the transforms of ``torch.func``, it runs in
+    plain operations.
 
     Args:
         eigenvalues: (N,) complex64 or complex128; not restricted to the unit disc, but outside it
@@ -60,6 +63,8 @@ def linear_recurrence(
         tensor([1.7500, 1.8750])
     """
     _check(eigenvalues, inputs, initial_state)
+    if wants_plain_operations():
+        return plain_linear_recurrence(eigenvalues, inputs, initial_state)
     states: Tensor = _apply(eigenvalues, inputs, initial_state)
     return states
 

@@ -36,7 +36,9 @@ def selective_scan(
     chunks; the backward pass computes the states of each chunk again, so that of L states only
     every 32nd is kept. Everything is computed in float32, or in float64 if any argument is,
     under autocast as well. Gradients flow to all tensors (through the last state too), once:
-    differentiating a gradient raises ``RuntimeError``.
+    differentiating a gradient raises ``RuntimeError`` unless ``torch.func`` took it. While it is
+    exported or traced, and under the transforms of ``torch.func``, it runs in plain operations,
+    with all states in memory.
 
     Args:
         u: (batch, dim, L), floating point, L >= 1.
@@ -161,11 +163,13 @@ def _check(
             )
     for name, tensor in {"B": B, "C": C}.items():
         groups = tensor.shape[1] if tensor.ndim == 4 else 1
-        allowed = [(dim, states), (batch, states, length), (batch, groups, states, length)]
-        if tensor.shape not in allowed or groups == 0 or dim % groups:
+        # By number of dimensions: no two shapes of another length are compared, which would make
+        # exporters ask for batches that differ from `dim`.
+        allowed = {2: (dim, states), 3: (batch, states, length), 4: (batch, groups, states, length)}
+        if tensor.shape != allowed.get(tensor.ndim) or groups == 0 or dim % groups:
             raise ValueError(
-                f"{name} must have shape (batch, N, L) = {allowed[1]}, (batch, G, N, L) where G "
-                f"divides dim = {dim}, or (dim, N) = {allowed[0]}, got {tuple(tensor.shape)}"
+                f"{name} must have shape (batch, N, L) = {allowed[3]}, (batch, G, N, L) where G "
+                f"divides dim = {dim}, or (dim, N) = {allowed[2]}, got {tuple(tensor.shape)}"
             )
     if B.ndim == C.ndim == 4 and B.shape != C.shape:
         raise ValueError(

@@ -72,7 +72,7 @@ def analyses(kind: type) -> Callable[[AnalyserT], AnalyserT]:
 
     Example:
         >>> from lightning_compressm.families import Family
-        >>> from lightning_compressm.reduction import decision
+        >>> from lightning_compressm.reduction import decide
         >>> _analysers[Family].__name__
         'analyse_linear'
     """

@@ -33,7 +33,7 @@ class LayerEvent:
             ``None`` where no theorem holds (time-limited Gramians, ablations).
         output_error: measured error of a selective layer's output on the calibration data, relative
             to its size (root mean squares); ``None`` where it was not measured.
-        seconds: time of the analysis.
+        seconds: time of the look, and of a layer that was reduced its share of the swap.
         reason: why a layer was skipped, or kept more states than asked for; else empty.
         balance: the balancing that was used; for a selective layer the criterion.
         horizon: the horizon that was used, ``None`` for infinite.

@@ -34,6 +34,7 @@ class Replacement:
     edit: TensorEdit
 
 
+@torch.inference_mode(False)  # its tensors could not be trained
 def apply_plan(
     model: nn.Module, plan: SurgeryPlan, undo: ExitStack | None = None
 ) -> dict[str, Replacement]:

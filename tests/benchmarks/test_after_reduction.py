@@ -10,6 +10,8 @@ from rich.console import Console
 
 from benchmarks import after_reduction
 from benchmarks.after_reduction import DEFAULT, PUBLISHED, STATE_DIM, Cut, Settings
+from benchmarks.common.command import parse
+from benchmarks.models.classification import evaluate_classes
 
 
 def test_rows_compare_with_the_network_as_trained() -> None:
@@ -34,25 +36,29 @@ def test_the_published_recipe_and_the_default_are_compared() -> None:
 
 
 def test_command_line() -> None:
-    assert after_reduction.parse([]) == Settings()
-    assert after_reduction.parse(["--task", "delay"]).steps == 800
-    assert after_reduction.parse(["--steps", "5"]).steps == 5
-    with pytest.raises(SystemExit):
-        after_reduction.parse(["--states", "0"])
+    def read(*words: str) -> Settings:
+        return parse(Settings, "after_reduction", None, words)
+
+    assert read() == Settings()
+    assert read("--task", "delay").planned_steps == 800
+    assert read("--steps", "5").planned_steps == 5
+    for wrong in (["--states", "0"], ["--steps", "0"], ["--target", "1", "--states", "8"]):
+        with pytest.raises(SystemExit):
+            read(*wrong)
 
 
 def test_weights_are_kept_and_results_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     console = Console(file=io.StringIO())
-    settings = Settings(seeds=(0,), steps=2, state_dims=(8,), output=tmp_path)
+    settings = Settings(seeds=(0,), steps=2, states=(8,), output=tmp_path)
     first = after_reduction.run(settings, console)
     assert len(first) == 1 + len(after_reduction.recipes(64))
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(after_reduction, "make_trainer", refuse)
+    monkeypatch.setattr(after_reduction, "fit_with_bar", refuse)
     assert after_reduction.run(settings, console) == first
     rows = after_reduction.make_rows(first)
     markdown, numbers = after_reduction.write_results(rows, first, settings)
@@ -74,9 +80,7 @@ def test_another_recipe_has_other_weights(tmp_path: Path) -> None:
 
 def test_accuracy_and_loss() -> None:
     logits = torch.tensor([[9.0, 0.0], [0.0, 9.0], [9.0, 0.0], [9.0, 0.0]])
-    accuracy, loss = after_reduction.evaluate(
-        torch.nn.Identity(), logits, torch.tensor([0, 1, 1, 0])
-    )
+    accuracy, loss = evaluate_classes(torch.nn.Identity(), logits, torch.tensor([0, 1, 1, 0]))
     assert accuracy == 0.75
     assert loss == pytest.approx(9.0 / 4, rel=1e-3)
 

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,20 +19,22 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import arms, compare
+from benchmarks import arms
 from benchmarks.arms import all_arms
 from benchmarks.arms._base import change_loss, keep_states
 from benchmarks.arms.distillation import divergence
 from benchmarks.arms.last import infinity_norms
-from benchmarks.comparison.page import Report, make_page, states
-from benchmarks.comparison.statistics import Difference, accuracy, difference, time_to_full
-from benchmarks.comparison.store import Store, missing_jobs
-from benchmarks.comparison.subspace import dominant_subspace, overlap
-from benchmarks.comparison.suites import SUITES
-from benchmarks.comparison.tasks import TASKS, evaluate
-from benchmarks.comparison.unit import Result, jobs_of, run_unit
-from benchmarks.data.mqar import IGNORED
-from benchmarks.training import quiet
+from benchmarks.common.command import quiet
+from benchmarks.compare import command as compare
+from benchmarks.compare import comparison
+from benchmarks.compare.page import Report, make_page, states
+from benchmarks.compare.statistics import Difference, accuracy, difference, time_to_full
+from benchmarks.compare.store import Store, missing_jobs
+from benchmarks.compare.subspace import dominant_subspace, overlap
+from benchmarks.compare.suites import SUITES
+from benchmarks.compare.tasks import TASKS, evaluate
+from benchmarks.compare.unit import Result, jobs_of, run_unit
+from benchmarks.data.mqar import IGNORED, SIZES, MQARDataModule
 from lightning_compressm import HankelRegularizer
 from lightning_compressm.control import DiagonalLTI
 from lightning_compressm.nn import LRU
@@ -292,17 +293,17 @@ def test_variants_of_ours_are_compared_in_one_table() -> None:
 )
 def test_arguments_that_can_not_be_meant(arguments: list[str]) -> None:
     with pytest.raises(SystemExit):
-        compare.parse(arguments)
+        compare.main(arguments)
 
 
 PARENT = """
 import multiprocessing, os, time
 from concurrent.futures import ProcessPoolExecutor
-from benchmarks import compare
+from benchmarks.compare.processes import start
 
 if __name__ == "__main__":
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(1, context, compare.start)
+    pool = ProcessPoolExecutor(1, context, start)
     print(pool.submit(os.getpid).result(), flush=True)
     pool.submit(time.sleep, 600)
     time.sleep(600)
@@ -312,7 +313,7 @@ if __name__ == "__main__":
 def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(PARENT)
-    environment = {**os.environ, "PYTHONPATH": str(Path(compare.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(compare.__file__).parents[2])}
     with subprocess.Popen(
         [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment
     ) as parent:
@@ -341,9 +342,27 @@ def test_the_page_compares_the_default_window_with_a_later_one() -> None:
     assert "| digits, 128 | 31 | 11 | **+10.5 ± 0.5** | 0.90 (0.90 to 0.90) | 0.80" in page
 
 
+def few_pairs(seed: int) -> MQARDataModule:
+    return MQARDataModule(batch_size=4, seed=seed, n_tokens=16, pairs=3, length=9)
+
+
+class Here(ThreadPoolExecutor):
+    """In place of processes, which would import everything again."""
+
+    def __init__(self, workers: int, *_: object) -> None:
+        super().__init__(1)
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("mamba_ssm") is None, reason="mamba-ssm is missing")
+@pytest.mark.usefixtures("mamba_ssm")
 def test_smoke_suite_and_its_resumption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split, size in {"train": 640, "val": 50, "test": 100}.items():
+        monkeypatch.setitem(SIZES, split, size)
+    digits, recall = SUITES["smoke"].tasks
+    tiny = {"steps": 20, "d_state": 16, "calibration_batches": 1}
+    tasks = (replace(digits, **tiny), replace(recall, make_data=few_pairs, **tiny))
+    monkeypatch.setitem(SUITES, "smoke", replace(SUITES["smoke"], tasks=tasks))
+    monkeypatch.setattr(comparison, "ProcessPoolExecutor", Here)
     said = io.StringIO()
     monkeypatch.setattr(compare, "make_console", lambda: Console(file=said, width=100))
     assert compare.main(["--suite", "smoke", "--output", str(tmp_path)]) == 0
@@ -356,6 +375,19 @@ def test_smoke_suite_and_its_resumption(tmp_path: Path, monkeypatch: pytest.Monk
     assert all(arm.label in page for arm in all_arms().values())
     assert "(pictures/compare-smoke-digits.png)" in page
     assert (tmp_path / "pictures/compare-smoke-digits.png").stat().st_size > 10_000
+    monkeypatch.setattr(compare, "draw_all", lambda *_: [])  # takes seconds, and was seen to work
     assert compare.main(["--suite", "smoke", "--output", str(tmp_path)]) == 0
     assert "Everything is there already." in said.getvalue()
     assert (tmp_path / "smoke.md").read_text() == page
+
+
+@pytest.mark.slow
+def test_another_process_trains_what_this_one_writes(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--suite", "smoke", "--tasks", "digits", "--arms", "small", "--workers", "1"]
+    assert compare.main([*words, "--output", str(tmp_path)]) == 0
+    assert "GPU available" not in "".join(capfd.readouterr()), "Lightning is quiet there"
+    (digits,) = (task for task in SUITES["smoke"].tasks if task.name == "digits")
+    assert {r.arm for r in Store(tmp_path / "smoke").load(digits, 0)} == {"full", "small"}
+    assert "| small from scratch | 4 |" in (tmp_path / "smoke.md").read_text()

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmarks import demo, demo_report
-from benchmarks.demo import ArmRun, Settings
+from benchmarks.common.command import parse
+from benchmarks.demo import command as demo
+from benchmarks.demo import report as demo_report
+from benchmarks.demo import runs as demo_runs
+from benchmarks.demo.runs import STATE_DIM, ArmRun, Settings
 
 LAYER = "model.blocks.0.layer"
 
@@ -94,29 +97,29 @@ def test_spectra_shown_hold_every_size_and_the_end() -> None:
 
 def test_command_line() -> None:
     words = ["--seeds", "3", "4", "--steps", "60", "--tolerance", "0.1", "--output", "here"]
-    assert demo.parse(words) == Settings((3, 4), 60, 0.1, Path("here"))
-    assert demo.parse([]) == Settings()
+    assert parse(Settings, "demo", None, words) == Settings((3, 4), 60, 0.1, Path("here"))
+    assert parse(Settings, "demo", None, []) == Settings()
     with pytest.raises(SystemExit):
-        demo.parse(["--steps", "10"])
+        demo.main(["--steps", "10"])
 
 
 def test_a_failure_in_one_arm_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(watcher: demo.Watcher, *_: object) -> None:
+    def fail(watcher: demo_runs.Watcher, *_: object) -> None:
         if watcher.run.arm == "compressed":
             raise RuntimeError("broken")
 
-    monkeypatch.setattr(demo, "train_arm", fail)
+    monkeypatch.setattr(demo_runs, "train_arm", fail)
     with pytest.raises(RuntimeError, match="broken"):
-        demo.run_seed(0, Settings())
+        demo_runs.run_seed(0, Settings())
 
 
 @pytest.mark.slow
 def test_the_demo_from_end_to_end(tmp_path: Path) -> None:
     assert demo.main(["--seeds", "0", "--steps", "50", "--output", str(tmp_path)]) == 0
     full, compressed, small = json.loads((tmp_path / "demo.json").read_text())["runs"]
-    assert full["after"] == full["before"] == {LAYER: demo.STATE_DIM}
-    assert compressed["before"] == {LAYER: demo.STATE_DIM}
-    assert compressed["after"][LAYER] < demo.STATE_DIM
+    assert full["after"] == full["before"] == {LAYER: STATE_DIM}
+    assert compressed["before"] == {LAYER: STATE_DIM}
+    assert compressed["after"][LAYER] < STATE_DIM
     assert small["before"] == small["after"] == compressed["after"]
     assert [event["action"] for event in compressed["looks"]] == ["reduce"]
     assert all(run["cpu"] > 0 for run in (full, compressed, small))

@@ -6,8 +6,8 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 import pytest
 import torch
 
-from benchmarks.interleave import Stopwatch, TimedTurns, Turns
-from benchmarks.training import TASKS, build, make_trainer
+from benchmarks.train.interleave import Stopwatch, TimedTurns, Turns
+from benchmarks.train.trainer import TASKS, build, make_trainer
 
 
 def test_turns_alternate() -> None:
@@ -85,7 +85,7 @@ def test_a_training_is_the_same_alone_and_in_company() -> None:
     def train(turns: Turns, name: str, seed: int) -> torch.Tensor:
         turns.wait(name)
         module, data = build(TASKS["digits"], seed, d_state=6, d_model=4)
-        make_trainer(75, [TimedTurns(turns, name)]).fit(module, data)
+        make_trainer(50, [TimedTurns(turns, name)]).fit(module, data)
         turns.leave(name)
         return module.model.head.weight.detach().clone()
 

@@ -9,13 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.data import DigitsDataModule
-from benchmarks.models import (
-    ClassifierModule,
-    ResidualBlock,
-    SequenceClassifier,
-    warmup_cosine,
-)
-from benchmarks.training import TASKS, build, make_trainer
+from benchmarks.models.classification import ClassifierModule
+from benchmarks.models.classifier import ResidualBlock, SequenceClassifier
+from benchmarks.models.schedule import warmup_cosine
+from benchmarks.train.trainer import TASKS, build, make_trainer
 from lightning_compressm import find_ssm_layers
 from lightning_compressm.nn import LRU
 

@@ -1,16 +1,15 @@
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import mqar
-from benchmarks.cuts import AS_TRAINED, Cut
-from benchmarks.data.mqar import BLANK, IGNORED, MQARDataModule, make_recall
-
-needs_mamba = pytest.mark.skipif(find_spec("mamba_ssm") is None, reason="mamba-ssm is missing")
+from benchmarks.common.command import make_console, parse
+from benchmarks.common.cuts import AS_TRAINED, Cut
+from benchmarks.data.mqar import BLANK, IGNORED, SIZES, MQARDataModule, make_recall
+from benchmarks.mqar import command as mqar
+from benchmarks.mqar.run import KINDS, LATER, Settings, Sizes
 
 
 def test_every_query_is_answered_by_the_value_of_its_key() -> None:
@@ -49,12 +48,14 @@ def test_sizes_that_leave_no_room_are_refused(sizes: dict[str, int], message: st
 
 
 def test_command_line() -> None:
-    settings = mqar.parse(["--kind", "mamba2", "--criteria", "greedy", "--seeds", "3"])
+    settings = parse(Settings, "mqar", None, ["--kind", "mamba2", "--criteria", "greedy"])
     assert settings.kinds == ("mamba2",)
-    assert settings.criteria == (mqar.DEFAULT, "greedy")
+    assert settings.criteria == ("greedy",)
+    assert parse(Settings, "mqar", None, ["--seeds", "3"]) == Settings(seeds=(3,))
+    assert Settings().kinds == KINDS
     for bad in (["--states", "0"], ["--target", "--states", "8"], ["--criteria", "biggest"]):
         with pytest.raises(SystemExit):
-            mqar.parse(bad)
+            mqar.main(bad)
 
 
 def _cuts(accuracy: float, loss: float) -> list[Cut]:
@@ -69,28 +70,23 @@ def test_targets() -> None:
     assert not mqar.verdict("mamba2", _cuts(1.0, 1.16))[0]
 
 
-@needs_mamba
+@pytest.mark.usefixtures("mamba_ssm")
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", mqar.KINDS)
-def test_from_end_to_end(kind: mqar.Kind, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    settings = mqar.Settings(
-        kinds=(kind,),
-        seeds=(0,),
-        steps=2,
-        state_dims=(4,),
-        output=tmp_path,
-        criteria=(mqar.DEFAULT, "random"),
-        d_model=16,
-        d_state=8,
-        head_dim=8,
+@pytest.mark.parametrize("kind", KINDS)
+def test_from_end_to_end(kind: mqar.Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("benchmarks.mqar.run.CALIBRATION_BATCHES", 1)
+    for split, size in {"train": 200, "val": 20, "test": 50}.items():
+        monkeypatch.setitem(SIZES, split, size)
+    settings = Settings(
+        kind=kind, seeds=(0,), steps=2, states=(4,), output=tmp_path, criteria=("random",)
     )
-    run = mqar.Run(kind, settings, mqar.make_console())
+    run = mqar.Run(kind, settings, make_console(), Sizes(d_model=16, d_state=8, head_dim=8))
     cuts = run.measure()
     assert {(c.recipe, c.state_dim) for c in cuts} == {
         (AS_TRAINED, 8),
-        ("uncut" + mqar.LATER, 8),
+        ("uncut" + LATER, 8),
         (mqar.DEFAULT, 4),
-        (mqar.DEFAULT + mqar.LATER, 4),
+        (mqar.DEFAULT + LATER, 4),
         ("random", 4),
     }
     assert all(0 <= c.accuracy <= 1 and c.loss > 0 for c in cuts)

@@ -49,9 +49,12 @@ def test_prints_a_line_for_each_phase(capsys: pytest.CaptureFixture[str]) -> Non
 def test_a_missed_target_fails(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(overhead.SIZES, "medium", SIZES["tiny"])
-    assert overhead.main([*SMALL, "--sizes", "medium", "--target", "0"]) == 1
+    measured = overhead.Costs(step=[1.0, 1.0, 1.0], hooks=[0.01, 0.02, 0.4], epochs=[0.1] * 3)
+    costs = {("medium", phase): measured for phase in PHASES}
+    monkeypatch.setattr(overhead, "measure", lambda *_: costs)
+    assert overhead.main(["--sizes", "medium", "--target", "1.9"]) == 1
     assert "above the target" in capsys.readouterr().out
+    assert overhead.main(["--sizes", "medium", "--target", "2"]) == 0
 
 
 def test_needs_steps_to_time() -> None:

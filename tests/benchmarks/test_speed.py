@@ -17,11 +17,12 @@ import torch
 pytest.importorskip("rich")
 pytest.importorskip("scipy")
 
-from benchmarks import speed
-from benchmarks.speed_parts import analysis, layers, memory, peers, selective, step, textbook
-from benchmarks.speed_parts.jax_client import JaxError, JaxLayer
-from benchmarks.speed_parts.results import Ratio, Row, Section, missed
-from benchmarks.speed_parts.suites import (
+from benchmarks.common.command import parse
+from benchmarks.speed import analysis, layers, memory, peers, selective, step, textbook
+from benchmarks.speed import command as speed
+from benchmarks.speed.jax_client import JaxError, JaxLayer
+from benchmarks.speed.results import Ratio, Row, Section, missed
+from benchmarks.speed.suites import (
     FULL,
     QUICK,
     SUITES,
@@ -32,7 +33,7 @@ from benchmarks.speed_parts.suites import (
     StepCase,
     Suite,
 )
-from benchmarks.speed_parts.timing import Rounds, interleave, limited
+from benchmarks.speed.timing import Rounds, interleave, limited
 from lightning_compressm.control import balanced_truncation
 from lightning_compressm.nn import LRU, _fused, selective_scan
 
@@ -61,7 +62,7 @@ TINY = Suite(
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selective, "installed", lambda _: False)  # importing them takes long
     # Nothing is repeated to fill a stretch of time: these times mean nothing anyway.
-    monkeypatch.setattr("benchmarks.speed_parts.timing._SHORTEST", 1e-9)
+    monkeypatch.setattr("benchmarks.speed.timing._SHORTEST", 1e-9)
     for name in SUITES:
         monkeypatch.setitem(SUITES, name, TINY)
 
@@ -114,15 +115,19 @@ def _cores() -> object:
 
 
 def test_command_line(tmp_path: Path) -> None:
-    assert speed.parse([]) == speed.Settings()
-    assert speed.parse(["--threads", "1", "2"]).threads == (1, 2)
+    def read(*words: str) -> speed.Settings:
+        return parse(speed.Settings, "speed", None, words)
+
+    assert read() == speed.Settings()
+    assert read("--threads", "1", "2").threads == (1, 2)
+    assert read("--jax-python", "there").jax_python == Path("there")
     with pytest.raises(SystemExit):
-        speed.parse(["--threads", "0"])
-    assert speed.parse(["--parts", "step", "step"]).parts == ("step",)
+        read("--threads", "0")
+    assert read("--parts", "step", "step").parts == ("step",)
     with pytest.raises(SystemExit):
-        speed.parse(["--targets", "--parts", "layer"])
+        read("--targets", "--parts", "layer")
     with pytest.raises(SystemExit):  # targets are about the full sizes
-        speed.parse(["--suite", "quick", "--targets"])
+        read("--suite", "quick", "--targets")
 
 
 def test_targets_are_where_they_were_promised() -> None:
@@ -314,7 +319,7 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for the JAX process, which speaks as it does and computes nothing."""
     script, out = tmp_path / "worker.py", tmp_path / "out.npz"
     script.write_text(WORKER.replace("%s", out.as_posix()))
-    monkeypatch.setattr("benchmarks.speed_parts.jax_client.WORKER", script)
+    monkeypatch.setattr("benchmarks.speed.jax_client.WORKER", script)
 
 
 def test_the_other_process_is_measured_by_the_clock_in_use(worker: None) -> None:

@@ -9,7 +9,7 @@ from benchmarks.data import TextDataModule, TextPairDataModule, TextSourceDataMo
 from benchmarks.data.files import MissingDataError
 from benchmarks.data.text import find_texts, make_pairs, passages, split_files
 from benchmarks.data.tokens import FIRST_BYTE
-from benchmarks.models import PairClassifier, SequenceClassifier
+from benchmarks.models.classifier import PairClassifier, SequenceClassifier
 
 SPLITS = ("train", "val", "test")
 

@@ -16,20 +16,23 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from benchmarks import train
 from benchmarks.models import ClassifierModule, SequenceClassifier
-from benchmarks.recipes import FOLDER, TASKS, configurations
-from benchmarks.train import main
+from benchmarks.train import command as train
+from benchmarks.train.command import main
+from benchmarks.train.configurations import FOLDER, configurations
+from benchmarks.train.published import TASKS
 from lightning_compressm import CompreSSMCallback, find_ssm_layers, load_compressed
 
 ROOT = Path(__file__).parents[2]
-# One for each task at both scales: the others of a task differ in a number.
-FEW = tuple(
-    f"{folder}{name}"
-    for folder in ("", "cpu/")
-    for name in (*(f"{task}_tau{TASKS[task].taus[-1]:.2f}" for task in TASKS), "mamba_12")
-)
 FILES = sorted(configurations())
+# One that compresses for each task at both scales; the others of a task differ in a number.
+LARGEST_TAU = [
+    f"{folder}{name}_tau{task.taus[-1]:.2f}.yaml"
+    for folder in ("", "cpu/")
+    for name, task in TASKS.items()
+]
+# What else there is: nothing is compressed, or Mamba layers are.
+OTHER_FORMS = [name for name in FILES if "baseline" in name or "mamba" in name]
 QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
 # States, channels, blocks, steps, batch, learning rate; from the published configurations.
 PUBLISHED = {
@@ -119,15 +122,33 @@ def test_published_figures(task: str) -> None:
         assert all((c["balance"], c["horizon"]) == ("complex", None) for c in compressions)
 
 
-@pytest.mark.parametrize("name", [f"{name}.yaml" for name in FEW if "mamba" not in name])
+@pytest.mark.parametrize("name", LARGEST_TAU)
 def test_a_file_of_every_task_is_built(name: str) -> None:
     check(name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FILES)
-def test_every_file_is_built(name: str) -> None:
+@pytest.mark.parametrize("name", OTHER_FORMS)
+def test_a_file_of_every_other_form_is_built(name: str) -> None:
     check(name)
+
+
+@pytest.mark.parametrize("built", LARGEST_TAU)
+def test_the_other_files_of_a_task_differ_in_a_number(built: str) -> None:
+    task = built.removeprefix("cpu/").split("_")[0]
+    stem, _ = built.split("_tau")
+    names = [name for name in FILES if name.startswith(f"{stem}_tau")]
+    assert len(names) == len(TASKS[task].taus)
+    for name in names:
+        text, wanted = ((FOLDER / n).read_text(encoding="utf-8") for n in (name, built))
+        config, expected = yaml.safe_load(text), yaml.safe_load(wanted)
+        assert config["trainer"].pop("default_root_dir").endswith(name.removesuffix(".yaml"))
+        del expected["trainer"]["default_root_dir"]
+        compression = config["trainer"]["callbacks"][-1]["init_args"]
+        assert CompreSSMCallback(**compression).state_dims == {}
+        for each in (config, expected):
+            del each["trainer"]["callbacks"][-1]["init_args"]["tolerance"]
+        assert config == expected
 
 
 def test_eight_devices_and_half_precision_need_no_other_file() -> None:
@@ -168,10 +189,10 @@ def test_two_steps_of_a_twin(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("mamba_ssm")
 def test_a_twin_of_mamba_is_cut(tmp_path: Path) -> None:
-    if find_spec("mamba_ssm") is None:
-        pytest.skip("mamba-ssm is missing")
-    cli = fit("cpu/mamba_12.yaml", tmp_path, max_steps=3, window="[0, 2]", every_n_steps=2)
+    look = {"window": "[0, 2]", "every_n_steps": 2, "calibration_batches": 1}
+    cli = fit("cpu/mamba_12.yaml", tmp_path, max_steps=3, **look)
     (callback,) = (c for c in cli.trainer.callbacks if isinstance(c, CompreSSMCallback))
     assert set(callback.state_dims.values()) == {12}
     assert 0 <= cli.trainer.callback_metrics["val_acc"] <= 1

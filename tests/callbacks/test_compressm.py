@@ -280,7 +280,7 @@ def test_bf16_true(tmp_path: Any) -> None:
     [
         ({"tolerance": 0.1, "fraction": 0.5}, "at most one"),
         ({"tolerance": 0.1, "state_dim": 5}, "at most one"),
-        ({"tolerance": 1.0}, r"tolerance: expected a share in \[0, 1\), got 1.0"),
+        ({"tolerance": 1.0}, r"tolerance: expected a share in \[0, 1\) or None, got 1.0"),
         ({"tolerance": -0.1}, "tolerance"),
         ({"fraction": 0.0}, "fraction"),
         ({"state_dim": 0}, "state_dim"),

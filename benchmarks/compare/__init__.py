@@ -1,0 +1,1 @@
+"""`python -m benchmarks.compare`: all ways to a small model, side by side."""

@@ -1,0 +1,194 @@
+"""What an arm works with: one task and seed, its turn at the processor, and a stopwatch."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning as L
+from torch import Tensor
+
+from benchmarks.compare.tasks import CompareTask, calibration, evaluate
+from benchmarks.train.interleave import TimedTurns, Turns
+from benchmarks.train.trainer import AfterEveryStep, make_trainer
+from lightning_compressm import CompreSSMCallback, find_ssm_layers
+
+Report = Callable[[int], None]
+_TURN = 25  # steps between handing the processor on
+
+
+@dataclass(frozen=True)
+class FullModel:
+    """The network that was trained at full size, and what it cost."""
+
+    module: L.LightningModule
+    cpu: float
+
+
+@dataclass
+class Measured:
+    """What a training left behind beside the network.
+
+    Attributes:
+        after_cut: Test accuracy right after each reduction in training.
+        analysis: Processor seconds spent in looking and reducing.
+        borrowed: Processor seconds of the full model, for arms that need one.
+        curves: Whatever was watched over training.
+    """
+
+    after_cut: list[float] = field(default_factory=list)
+    analysis: float = 0.0
+    borrowed: float = 0.0
+    curves: dict[str, Any] = field(default_factory=dict)
+
+
+class Bench:
+    """Tools for one training of one arm.
+
+    Args:
+        task: What is trained.
+        seed: Fixes initialisation, order of the batches and dropout.
+        turns: Who may compute.
+        name: Of this training among the turns.
+        full: Will hold the trained full model.
+        report: Called with the step now and then.
+    """
+
+    def __init__(
+        self,
+        task: CompareTask,
+        seed: int,
+        turns: Turns,
+        name: str,
+        full: Future[FullModel],
+        report: Report = lambda _: None,
+    ) -> None:
+        self.task = task
+        self.seed = seed
+        self.measured = Measured()
+        self._full = full
+        self._watcher = _Watcher(turns, name, report)
+        self._data = task.make_data(seed)
+
+    @property
+    def cpu(self) -> float:
+        """Processor seconds of training and cutting so far."""
+        return self._watcher.watch.cpu
+
+    @property
+    def data(self) -> Any:
+        """The task's data."""
+        return self._data
+
+    def fresh(self, d_state: int | None = None) -> L.LightningModule:
+        """A network as initialised by the seed, with the task's states or others."""
+        module, self._data = self.task.build(self.seed, d_state)
+        return module
+
+    def fit(self, module: L.LightningModule, callbacks: Sequence[L.Callback] = ()) -> None:
+        """Train for the task's steps, timed, taking turns with the other arms."""
+        reducing = [callback for callback in callbacks if isinstance(callback, TimedCompreSSM)]
+        # The watcher comes last, so that the callbacks' work is timed.
+        own = [*callbacks, *(_AfterCut(self, callback) for callback in reducing), self._watcher]
+        make_trainer(self.task.steps, own, clip=self.task.clip).fit(module, self._data)
+        self.measured.analysis += sum(callback.seconds for callback in reducing)
+
+    def full(self) -> L.LightningModule:
+        """A copy of the trained full model, whose time is charged."""
+        trained = self._full.result()
+        self.measured.borrowed = trained.cpu
+        return copy.deepcopy(trained.module)
+
+    def sample(self) -> list[Tensor]:
+        """Training batches to calibrate on."""
+        return calibration(self.task, self._data)
+
+    def timed(self) -> contextlib.AbstractContextManager[None]:
+        """What happens inside counts as training time."""
+        return _between(self._watcher.watch.start, self._watcher.watch.stop)
+
+    def untimed(self) -> contextlib.AbstractContextManager[None]:
+        """What happens inside, in the middle of a training, does not."""
+        return _between(self._watcher.watch.stop, self._watcher.watch.start)
+
+
+@contextlib.contextmanager
+def _between(before: Callable[[], None], after: Callable[[], None]) -> Iterator[None]:
+    before()
+    try:
+        yield
+    finally:
+        after()
+
+
+def state_dims(module: L.LightningModule) -> list[int]:
+    """States of every layer."""
+    return [layer.state_dim for layer in find_ssm_layers(module).values()]
+
+
+class TimedCompreSSM(CompreSSMCallback):
+    """The package's callback; counts the processor seconds spent where it looks and reduces."""
+
+    seconds = 0.0
+
+    def on_train_epoch_start(self, *args: Any, **kwargs: Any) -> None:
+        self._timed(super().on_train_epoch_start, *args, **kwargs)
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self._timed(super().on_train_batch_end, *args, **kwargs)
+
+    def on_train_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        self._timed(super().on_train_epoch_end, *args, **kwargs)
+
+    def _timed(self, hook: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        start = time.process_time()
+        hook(*args, **kwargs)
+        self.seconds += time.process_time() - start
+
+
+class _Watcher(AfterEveryStep, TimedTurns):
+    """Hand the processor on after so many steps, however long an epoch is."""
+
+    def __init__(self, turns: Turns, name: str, report: Report) -> None:
+        super().__init__(turns, name)
+        self.report = report
+
+    def after_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.global_step % _TURN == 0:
+            self.watch.stop()
+            self.report(trainer.global_step)
+            self.turns.pass_on(self.name)
+            self.watch.start()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The turns go by steps."""
+
+
+class _AfterCut(AfterEveryStep):
+    """Test right after every reduction, before anything is trained further."""
+
+    def __init__(self, bench: Bench, callback: CompreSSMCallback) -> None:
+        self.bench = bench
+        self.callback = callback
+        self.dims: dict[str, int] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.dims = self.callback.state_dims
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._test(pl_module)
+
+    def after_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._test(module)
+
+    def _test(self, module: L.LightningModule) -> None:
+        dims = self.callback.state_dims
+        if dims != self.dims:
+            self.dims = dims
+            with self.bench.untimed():
+                self.bench.measured.after_cut.append(evaluate(module, self.bench.data)[0])

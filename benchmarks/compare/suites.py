@@ -1,0 +1,71 @@
+"""Which tasks, arms and seeds go together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from benchmarks.arms import Arm, all_arms
+from benchmarks.compare.tasks import TASKS, CompareTask
+
+
+@dataclass(frozen=True)
+class Suite:
+    """One comparison.
+
+    Attributes:
+        name: On the command line.
+        about: For the help text.
+        tasks: In the order of the page.
+        seeds: Each fixes initialisation, order of the batches and dropout.
+        takes: Whether an arm belongs to it.
+    """
+
+    name: str
+    about: str
+    tasks: tuple[CompareTask, ...]
+    seeds: tuple[int, ...]
+    takes: Callable[[Arm], bool]
+
+    def arms(self) -> list[str]:
+        """Names of its arms."""
+        return [name for name, arm in all_arms().items() if self.takes(arm)]
+
+
+def _all(*names: str) -> tuple[CompareTask, ...]:
+    return tuple(TASKS[name] for name in names)
+
+
+SUITES = {
+    suite.name: suite
+    for suite in (
+        Suite(
+            "cpu", "every arm on every task, five seeds; under an hour on two cores",
+            tuple(TASKS.values()), (0, 1, 2, 3, 4), lambda arm: not arm.choice,
+        ),
+        Suite(
+            "choices", "what the package's defaults are chosen by: variants of ours",
+            _all("digits", "delay", "pathfinder", "listops"), (0, 1, 2, 3, 4),
+            lambda arm: arm.choice or arm.name in ("full", "small", "ours"),
+        ),
+        Suite(
+            "smoke", "every arm, one seed, a few steps: whether everything runs",
+            tuple(TASKS[name].shortened(50, 4) for name in ("digits", "recall-mamba2")), (0,),
+            lambda arm: True,
+        ),
+    )
+}  # fmt: skip
+
+
+def without_missing(tasks: tuple[CompareTask, ...]) -> tuple[list[CompareTask], list[str]]:
+    """Tasks that can be run here, and a line about each that can't."""
+    if find_spec("mamba_ssm") is not None:
+        return list(tasks), []
+    kept = [task for task in tasks if task.kind == "linear"]
+    lines = [
+        f"{task.name} is left out: it needs mamba-ssm (docs/supported.md says how to install it)"
+        for task in tasks
+        if task.kind != "linear"
+    ]
+    return kept, lines

@@ -1,1 +1,0 @@
-"""How `benchmarks.compare` trains, keeps and shows what `benchmarks.arms` define."""

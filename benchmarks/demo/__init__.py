@@ -1,0 +1,1 @@
+"""`python -m benchmarks.demo`: a digits classifier at full size, compressed and small."""

@@ -1,0 +1,1 @@
+"""`python -m benchmarks.train`: runs from YAML files; and what every experiment trains alike."""

@@ -1,0 +1,224 @@
+"""Decide which states of which layers go; nothing is changed here."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from torch import Tensor, nn
+
+from lightning_compressm._precision import back_to
+from lightning_compressm.errors import (
+    CompreSSMError,
+    IllConditionedError,
+    NonFiniteError,
+    UnstableSystemError,
+)
+from lightning_compressm.model.layers import SSMLayer
+from lightning_compressm.reduction import linear, selective  # noqa: F401 (the kinds of layers)
+from lightning_compressm.reduction.analysis import Analysis, Cut, analyse
+from lightning_compressm.reduction.decision import Decision, Twins
+from lightning_compressm.reduction.events import LayerEvent
+from lightning_compressm.reduction.failures import about
+from lightning_compressm.reduction.order import Order, choose_orders, level_orders
+from lightning_compressm.reduction.policy import ReductionPolicy
+from lightning_compressm.reduction.processes import Outcome, Processes
+from lightning_compressm.reduction.recorder import Seen
+
+__all__ = ["decide", "measure_spectra"]
+
+Layers = Mapping[str, SSMLayer]
+
+
+def decide(
+    model: nn.Module,
+    layers: Layers,
+    policy: ReductionPolicy,
+    seen: Seen | None = None,
+    processes: Processes | None = None,
+    *,
+    seed: int = 0,
+) -> Decision:
+    """Decide what to remove from which layer; changes nothing.
+
+    A layer whose analysis fails for numerical reasons, or for want of memory on its device and on
+    the CPU, is left as it is, with a warning; the others go on.
+
+    Args:
+        model: the module with the layers.
+        layers: from :func:`~lightning_compressm.model.layers.select_layers`.
+        policy: how much to remove.
+        seen: what is known of the data: lengths for ``horizon="auto"``, calibration data.
+        processes: those that decide together.
+        seed: for random selections.
+
+    Returns:
+        The plan and one event for each layer.
+
+    Raises:
+        NonFiniteError: if a layer's parameters hold NaN or infinity.
+        UnstableSystemError: if a layer has an eigenvalue outside the open unit disc.
+        CalibrationError: for a selective layer without calibration data.
+
+    Example:
+        >>> from lightning_compressm.model.layers import select_layers
+        >>> from lightning_compressm.nn import LRU
+        >>> model = LRU(1, 16)
+        >>> decision = decide(model, select_layers(model), ReductionPolicy(state_dim=4))
+        >>> decision.events[0].new_state_dim
+        4
+    """
+    twins = _twins(layers.values())
+    own, processes = list(twins), processes or Processes()
+    work = _Work(own, policy, seen or Seen(), seed)
+    alike = {i: not layer.family.needs_data for i, layer in enumerate(own)}
+    looked = processes.map(work.look, alike, _told)
+    spectra = [None if one.value is None else one.value.sigma for one in looked.values()]
+    # Orders steer what is exchanged next, so rounding must not make them differ.
+    orders = processes.agree(choose_orders(own, spectra, policy))
+    cuts = {
+        i: _left_alone(layer, why)
+        for i, layer in enumerate(own)
+        if (why := looked[i].failure or orders[i].refused)
+    }
+    again = {i: alike[i] for i in alike if i not in cuts}
+    while again:
+        for i, outcome in processes.map(partial(work.cut, looked, orders), again).items():
+            cuts[i] = _result(own[i], outcome, looked[i])
+        reached = [cuts[i].event.new_state_dim for i in alike]
+        if policy.share_state_dim:
+            orders = level_orders(own, orders, reached)
+        again = {i: alike[i] for i in alike if orders[i].wanted > reached[i]}
+    known = {x.name: s for x, s in zip(own, spectra, strict=True) if s is not None}
+    return Decision.of(model, twins, [cuts[i] for i in alike], known)
+
+
+def measure_spectra(
+    layers: Layers,
+    policy: ReductionPolicy,
+    seen: Seen | None = None,
+    processes: Processes | None = None,
+    *,
+    leave_out: bool = False,
+) -> dict[str, Tensor]:
+    """The spectra that a reduction would be decided on.
+
+    Args:
+        layers: from :func:`~lightning_compressm.model.layers.select_layers`.
+        policy: balance and horizon.
+        seen: what is known of the data.
+        processes: those that look together.
+        leave_out: leave out a layer that can't be analysed for numerical reasons or for want of
+            memory, with a warning, instead of raising.
+
+    Returns:
+        Layer name -> HSVs of each state, descending, on the layer's device.
+
+    Raises:
+        CalibrationError: for a selective layer without calibration data.
+        CompreSSMError: for unstable or non-finite layers.
+
+    Example:
+        >>> from lightning_compressm.model.layers import find_ssm_layers
+        >>> from lightning_compressm.nn import LRU
+        >>> seen = Seen(lengths={"": 50})
+        >>> measure_spectra(find_ssm_layers(LRU(1, 16)), ReductionPolicy(), seen)[""].shape
+        torch.Size([16])
+    """
+    own, processes = list(layers.values()), processes or Processes()
+    work = _Work(own, policy, seen or Seen(), spectrum_only=True)
+    alike = {i: not layer.family.needs_data for i, layer in enumerate(own)}
+    spectra: dict[str, Tensor] = {}
+    for i, outcome in processes.map(work.look, alike, _told).items():
+        if outcome.value is not None:
+            spectra[own[i].name] = back_to(outcome.value.sigma, own[i].device)
+        elif leave_out:
+            _warn(own[i], outcome.failure)
+        else:
+            raise CompreSSMError(f"layer '{own[i].name}' can't be analysed: {outcome.failure}")
+    return spectra
+
+
+@dataclass(frozen=True, eq=False)
+class _Look:
+    """What a look at one layer found; the analysis stays in the process that made it."""
+
+    sigma: Tensor
+    seconds: float
+    analysis: Analysis | None
+
+
+def _told(look: _Look) -> _Look:
+    return replace(look, analysis=None)
+
+
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """The work on single layers, by their numbers."""
+
+    layers: Sequence[SSMLayer]
+    policy: ReductionPolicy
+    seen: Seen
+    seed: int = 0
+    spectrum_only: bool = False
+
+    def look(self, i: int, processes: Processes, on_cpu: bool) -> _Look:
+        start = time.perf_counter()
+        layer, seen = self.layers[i], self.seen
+        if on_cpu:
+            layer, seen = layer.on_cpu(), seen.on_cpu(layer.name)
+        with about(layer):
+            analysis = analyse(
+                layer, self.policy, seen, processes, spectrum_only=self.spectrum_only
+            )
+        return _Look(analysis.sigma.cpu(), time.perf_counter() - start, analysis)
+
+    def cut(
+        self,
+        looked: Mapping[int, Outcome[_Look]],
+        orders: Sequence[Order],
+        i: int,
+        processes: Processes,
+        on_cpu: bool,
+    ) -> Cut:
+        start, look = time.perf_counter(), looked[i].value
+        assert look is not None
+        analysis = self.look(i, processes, on_cpu).analysis if on_cpu else look.analysis
+        assert analysis is not None
+        with about(self.layers[i]):
+            try:
+                cut = analysis.cut(orders[i], self.policy, self.seed)
+            except (NonFiniteError, UnstableSystemError) as error:
+                # The layer itself was found to be finite and stable: this is about its reduction.
+                raise IllConditionedError(str(error)) from error
+        seconds = look.seconds + time.perf_counter() - start
+        return replace(cut, event=replace(cut.event, seconds=seconds))
+
+
+def _result(layer: SSMLayer, outcome: Outcome[Cut], looked: Outcome[_Look]) -> Cut:
+    """A cut with all that is to be said of it, or none where it failed."""
+    if outcome.value is None:
+        return _left_alone(layer, outcome.failure)
+    event = outcome.value.event
+    reason = "; ".join(filter(None, [event.reason, looked.note, outcome.note]))
+    return replace(outcome.value, event=replace(event, reason=reason))
+
+
+def _left_alone(layer: SSMLayer, why: str) -> Cut:
+    _warn(layer, why)
+    return Cut(LayerEvent.skip(layer, reason=why))
+
+
+def _warn(layer: SSMLayer, why: str) -> None:
+    message = f"layer '{layer.name}' ({layer.family.name}) is left as it is: {why}"
+    warnings.warn(message, stacklevel=4)
+
+
+def _twins(layers: Iterable[SSMLayer]) -> Twins:
+    found: dict[frozenset[int], list[SSMLayer]] = {}
+    for layer in layers:
+        found.setdefault(layer.tensor_ids, []).append(layer)
+    return {first: others for first, *others in found.values()}
