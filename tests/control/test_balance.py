@@ -141,5 +141,5 @@ def test_a_new_form_serves_whole_models(added):
     assert torch.equal(models[0].nu_log, models[1].nu_log)
     assert ReductionPolicy(balance="another").balance == "another"
     BALANCES.pop("another")
-    with pytest.raises(ValueError, match="balance: expected one of auto, real, .*'another'"):
+    with pytest.raises(ValueError, match=r"balance: expected one of auto, real, .*'another'"):
         ReductionPolicy(balance="another")
