@@ -126,7 +126,7 @@ class ChangeOfBasis:
     def outputs(self, C: Tensor) -> Tensor:
         """The output matrix ``(..., P, r)`` of the new states, from that of the old, (..., P, N).
 
-        It gives the same output where that is the real part, and also where all is linear.
+        With conjugate parts, it is for outputs that are the real part.
         """
         return C @ self.right + C.conj() @ self.right_conj.conj()
 

@@ -1,11 +1,13 @@
 """The forms of balancing as objects: what they say of themselves, and a new one."""
 
+from copy import deepcopy
 from dataclasses import replace
 from typing import get_args
 
 import pytest
 import torch
 
+from lightning_compressm import compress
 from lightning_compressm.control import (
     DiagonalLTI,
     balanced_truncation,
@@ -16,10 +18,13 @@ from lightning_compressm.control.balance import (
     BALANCES,
     Balance,
     Complex,
+    Folded,
     Real,
     form_of,
     register_balance,
 )
+from lightning_compressm.nn import LRU
+from lightning_compressm.reduction.policy import ReductionPolicy
 from tests.control.systems import hinf_error, random_system
 
 
@@ -119,3 +124,22 @@ def test_an_unknown_form_is_refused_with_all_that_there_are(added):
     ):
         with pytest.raises(ValueError, match="one of real, folded, complex, another, got 'imag"):
             work()
+
+
+def test_a_new_form_serves_whole_models(added):
+    @added
+    class Another(Folded):
+        name = "another"
+
+    models = [LRU(4, 8)]
+    models.append(deepcopy(models[0]))
+    reports = [
+        compress(m, state_dim=4, balance=b)
+        for m, b in zip(models, ("another", "folded"), strict=True)
+    ]
+    assert reports[0].events[0].balance == "another"
+    assert torch.equal(models[0].nu_log, models[1].nu_log)
+    assert ReductionPolicy(balance="another").balance == "another"
+    BALANCES.pop("another")
+    with pytest.raises(ValueError, match=r"balance: expected one of auto, real, .*'another'"):
+        ReductionPolicy(balance="another")
