@@ -74,7 +74,7 @@ def test_code_runs(path: Path):
 
 @pytest.mark.parametrize("path", PAGES, ids=_page)
 def test_code_blocks_are_run_or_no_python(path: Path):
-    known = {"python", "pycon", "console", "bibtex", "{eval-rst}", "{toctree}"}
+    known = {"python", "pycon", "console", "text", "bibtex", "{eval-rst}", "{toctree}"}
     assert {language for _, language, _ in blocks(path.read_text())} <= known
 
 

@@ -12,8 +12,9 @@ pytest.importorskip("rich")
 
 from rich.console import Console
 
-from benchmarks import overhead
-from benchmarks.overhead import EPOCH, PHASES, SIZES, run
+from benchmarks.overhead import command, cuts, steps
+from benchmarks.overhead.models import EPOCH, SIZES
+from benchmarks.overhead.steps import PHASES, run
 
 STEPS = 8 * EPOCH
 SMALL = ["--sizes", "tiny", "--seeds", "2", "--steps", str(STEPS)]
@@ -42,7 +43,7 @@ def test_times_every_step_but_the_first_ones_and_those_around_the_look(size: str
 
 
 def test_prints_a_line_for_each_phase(capsys: pytest.CaptureFixture[str]) -> None:
-    assert overhead.main(SMALL) == 0
+    assert command.main(SMALL) == 0
     printed = capsys.readouterr().out
     assert all(phase in printed for phase in PHASES)
     assert str(SIZES["tiny"]) in " ".join(printed.split())
@@ -51,21 +52,21 @@ def test_prints_a_line_for_each_phase(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_the_history_accounts_for_looks_and_swaps() -> None:
     console = Console(quiet=True)
-    cuts = overhead.measure_cuts(["medium"], 1, STEPS, console)
-    assert 0.8 < cuts["medium"].accounted[0] <= 1
+    found = cuts.measure_cuts(["medium"], 1, STEPS, console)
+    assert 0.8 < found["medium"].accounted[0] <= 1
 
 
 def test_a_missed_target_fails(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measured = overhead.Costs(step=[1.0, 1.0, 1.0], hooks=[0.01, 0.02, 0.4], epochs=[0.1] * 3)
+    measured = steps.Costs(step=[1.0, 1.0, 1.0], hooks=[0.01, 0.02, 0.4], epochs=[0.1] * 3)
     costs = {("medium", phase): measured for phase in PHASES}
-    monkeypatch.setattr(overhead, "measure", lambda *_: costs)
-    assert overhead.main(["--sizes", "medium", "--target", "1.9"]) == 1
+    monkeypatch.setattr(command, "measure", lambda *_: costs)
+    assert command.main(["--sizes", "medium", "--target", "1.9"]) == 1
     assert "above the target" in capsys.readouterr().out
-    assert overhead.main(["--sizes", "medium", "--target", "2"]) == 0
+    assert command.main(["--sizes", "medium", "--target", "2"]) == 0
 
 
 def test_needs_steps_to_time() -> None:
     with pytest.raises(SystemExit):
-        overhead.main(["--steps", "10"])
+        command.main(["--steps", "10"])
