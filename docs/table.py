@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 def matrix_table() -> str:
     """How many cells of the test matrix hold each value."""
-    from tests.callbacks.matrix import (
+    from tests.callbacks.matrix.cells import (
         AVERAGES,
         AXES,
         averaged_cells,
@@ -43,7 +43,7 @@ def matrix_table() -> str:
 
 def obstacle_table() -> str:
     """What can't be combined, and why."""
-    from tests.callbacks.matrix import AVERAGES, AXES, obstacle
+    from tests.callbacks.matrix.cells import AVERAGES, AXES, obstacle
 
     axes = {**AXES, "around": AXES["around"] + AVERAGES}
     values = [(axis, value) for axis in axes for value in axes[axis]]

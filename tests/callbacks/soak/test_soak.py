@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from .soak import Figures, Regression, growth, run
-from .soak_plan import CHOICES, DDP, LAYERS, LINEAR, OPTIMIZERS, TARGETS, plan
-from .soak_watch import digest
+from .plan import CHOICES, DDP, LAYERS, LINEAR, OPTIMIZERS, TARGETS, plan
+from .run import Figures, Regression, growth, run
+from .watch import digest
 
 REDUCTIONS = 300
 
@@ -22,7 +22,7 @@ REDUCTIONS = 300
 def _launch(out: Path, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
     command = [sys.executable, "-m", "tests.callbacks.soak", "--json", str(out), *arguments]
     done = subprocess.run(
-        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=840
+        command, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=840
     )
     print(done.stdout)
     assert out.exists(), done.stdout[-3000:] + done.stderr[-5000:]

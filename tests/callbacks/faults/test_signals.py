@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from .fault_worker import run
-from .faults import LINEAR, REWRAP, SELECTIVE, SWAP, Fault
-from .helpers import BATCHES, same
+from ..helpers import BATCHES, same
+from .catalogue import LINEAR, REWRAP, SELECTIVE, SWAP, Fault
 from .processes import start, start_pair, wait
 from .signal_worker import EPOCHS, train
+from .worker import run
 
 
 def _first(faults: list[Fault], function: str, *, after: bool = False) -> Fault:
@@ -69,7 +69,7 @@ def test_a_rank_that_dies_ends_the_other_within_seconds(
     stage: str, end: str, rank: int, tmp_path: Path
 ) -> None:
     case = f"rank {rank}/{STAGES[stage].name}"
-    pair = start_pair("fault_worker", tmp_path, 600, end, case)
+    pair = start_pair("worker", tmp_path, 600, end, case)
     ended = [wait(process, 120) for process in pair]
     status = {"kill": -signal.SIGKILL, "exit": 3, "interrupt": 7, "system-exit": 7}[end]
     assert ended[rank][0] == status, ended[rank][1]
@@ -80,7 +80,7 @@ def test_a_rank_that_dies_ends_the_other_within_seconds(
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["statistics", "swap"])
 def test_a_rank_that_hangs_ends_the_other_after_the_timeout(stage: str, tmp_path: Path) -> None:
-    pair = start_pair("fault_worker", tmp_path, 10, "stop", f"rank 1/{STAGES[stage].name}")
+    pair = start_pair("worker", tmp_path, 10, "stop", f"rank 1/{STAGES[stage].name}")
     try:
         status, output = wait(pair[0], 120)
     finally:
@@ -97,7 +97,7 @@ def test_a_rank_that_hangs_ends_the_other_after_the_timeout(stage: str, tmp_path
 def test_sigterm_on_ranks(where: str, tmp_path: Path) -> None:
     """Lightning's handler exchanges: if not all ranks are at the same point, they time out."""
     fault = STAGES["statistics"]
-    pair = start_pair("fault_worker", tmp_path, 10, "terminate", f"{where}/{fault.name}")
+    pair = start_pair("worker", tmp_path, 10, "terminate", f"{where}/{fault.name}")
     for status, output in [wait(process, 120) for process in pair]:
         assert status == 7, output
     for rank in (0, 1):

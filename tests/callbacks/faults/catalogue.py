@@ -86,7 +86,7 @@ _PACKAGE = "lightning_compressm"
 _LRU = f"{_PACKAGE}.families.lru:LRUFamily"
 _MAMBA = f"{_PACKAGE}.families.mamba:MambaFamily"
 _SELECTIVE = f"{_PACKAGE}.reduction.selective"
-_HANKEL, _CALIBRATION = f"{_PACKAGE}.control.hankel", f"{_PACKAGE}.control.calibration"
+_BALANCE, _CALIBRATION = f"{_PACKAGE}.control.balance", f"{_PACKAGE}.control.calibration"
 _APPLY, _OPTIMIZER = f"{_PACKAGE}.surgery.apply", f"{_PACKAGE}.surgery.optimizer"
 _DDP = "lightning.pytorch.strategies:DDPStrategy"
 
@@ -98,9 +98,9 @@ LINEAR = [
     Fault("read", f"{_LRU}.system", bug, "error"),
     Fault("read", f"{_LRU}.system", runtime, "error"),
     Fault("read", f"{_LRU}.system", broken, "error"),
-    Fault("gramian", f"{_HANKEL}:gramians", runtime, "skip"),
-    Fault("gramian", f"{_HANKEL}:gramians", memory, "cpu", calls=(1,)),
-    Fault("gramian", f"{_HANKEL}:gramians", broken, "error", calls=(1,)),
+    Fault("gramian", f"{_BALANCE}:gramians", runtime, "skip"),
+    Fault("gramian", f"{_BALANCE}:gramians", memory, "cpu", calls=(1,)),
+    Fault("gramian", f"{_BALANCE}:gramians", broken, "error", calls=(1,)),
     Fault("cholesky", "torch.linalg:cholesky_ex", linalg, "skip"),
     Fault("cholesky", "torch.linalg:cholesky_ex", memory, "cpu", calls=(1,)),
     Fault("eigh", "torch.linalg:eigh", linalg, "skip", setup="short"),
@@ -112,8 +112,8 @@ LINEAR = [
     Fault("eig", "torch.linalg:eig", runtime, "skip"),
     Fault("eig", "torch.linalg:eig", memory, "cpu", calls=(1,)),
     Fault("eig", "torch.linalg:inv_ex", linalg, "skip"),
-    Fault("eig", f"{_PACKAGE}.control._modal:_inverse", ill, "skip"),
-    Fault("eig", f"{_PACKAGE}.control._modal:_inverse", broken, "skip"),
+    Fault("eig", f"{_PACKAGE}.control._eigen:inverse", ill, "skip"),
+    Fault("eig", f"{_PACKAGE}.control._eigen:inverse", broken, "skip"),
     Fault("svd", "torch.linalg:svd", runtime, "reduce second", setup="both", calls=(1,)),
     Fault("order", f"{_PACKAGE}.reduction.linear:LinearAnalysis.cut", bug, "error"),
     Fault("plan", f"{_LRU}.write", linalg, "skip"),

@@ -12,9 +12,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_compressm import CompreSSMCallback
 
-from .fault_worker import BY_NAME, ENDS
-from .faults import Fault, Injection
-from .helpers import BATCHES, Classifier, Plain, loader, trainer
+from ..helpers import BATCHES, Classifier, Plain, loader, trainer
+from .catalogue import Fault, Injection
+from .worker import BY_NAME, ENDS
 
 EPOCHS = 4
 

@@ -1,4 +1,4 @@
-"""Runs cells of the matrix in pairs of processes: `python -m ...matrix_worker OUT KEY...`.
+"""Runs cells of the matrix in pairs of processes: `python -m ...matrix.worker OUT KEY...`.
 
 Cells that Lightning starts by running the program again (``ddp``) share one pair. Forked and
 spawned pairs belong to a Trainer, so each of those cells gets its own; forks come out of this
@@ -16,8 +16,8 @@ import torch
 
 from lightning_compressm.model.layers import find_ssm_layers
 
-from . import matrix
-from .matrix_run import run
+from . import cells
+from .run import run
 
 # The launcher sets OMP_NUM_THREADS: torch.set_num_threads would start a pool of threads here, which
 # forked processes then find dead.
@@ -28,7 +28,7 @@ if any(name.startswith("mamba_ssm") for name in sys.argv):
     enable_mamba_ssm_cpu()
 
 
-def run_here(cell: matrix.Cell, out: Path) -> None:
+def run_here(cell: cells.Cell, out: Path) -> None:
     rank = os.environ.get("LOCAL_RANK", "main")
     try:
         model = run(cell, out, devices=2)
@@ -40,9 +40,9 @@ def run_here(cell: matrix.Cell, out: Path) -> None:
 
 
 def main(out: Path, keys: list[str]) -> None:
-    for cell in (*matrix.cells(), *matrix.averaged_cells()):
-        if matrix.key(cell) in keys:
-            run_here(cell, out / matrix.key(cell))
+    for cell in (*cells.cells(), *cells.averaged_cells()):
+        if cells.key(cell) in keys:
+            run_here(cell, out / cells.key(cell))
     if torch.distributed.is_initialized():
         # Left alive, gloo's threads can abort the interpreter while it exits.
         torch.distributed.destroy_process_group()

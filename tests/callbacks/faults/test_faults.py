@@ -14,10 +14,10 @@ import torch
 
 from lightning_compressm import CompreSSMCallback
 
-from .fault_worker import SETUPS, run
-from .faults import BREAKING, FAULTS, LINEAR, REWRAP, WHERE, Fault, Injection, Where, fits
-from .helpers import BATCHES, Classifier, loader, same, trainer
+from ..helpers import BATCHES, Classifier, loader, same, trainer
+from .catalogue import BREAKING, FAULTS, LINEAR, REWRAP, WHERE, Fault, Injection, Where, fits
 from .processes import ROOT, start_pair, wait
+from .worker import SETUPS, run
 
 CASES = [(fault, where) for where in WHERE for fault in FAULTS if fits(fault, where)]
 TOGETHER = [(f, w) for f, w in CASES if w != "alone"] + [(fault, "all") for fault in REWRAP]
@@ -82,7 +82,7 @@ def test_one_process(fault: Fault, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def launch(out: Path, timeout: float, *cases: str) -> None:
     """Run cases in one pair of processes."""
-    command = [sys.executable, "-m", "tests.callbacks.fault_worker", str(out), str(timeout)]
+    command = [sys.executable, "-m", "tests.callbacks.faults.worker", str(out), str(timeout)]
     command += ["raise", *cases]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
@@ -150,7 +150,7 @@ def test_a_swap_that_failed_is_not_judged(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("fault", "where"), BREAKING, ids=_id)
 def test_one_rank_fails_during_an_exchange(fault: Fault, where: Where, tmp_path: Path) -> None:
     """The other rank waits for it; when the failed one ends, it stops with an error as well."""
-    pair = start_pair("fault_worker", tmp_path, 120, "raise", f"{where}/{fault.name}")
+    pair = start_pair("worker", tmp_path, 120, "raise", f"{where}/{fault.name}")
     for status, output in [wait(process) for process in pair]:
         assert status == 7, output
     results = _load(tmp_path, f"{where}/{fault.name}")

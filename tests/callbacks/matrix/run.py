@@ -34,9 +34,9 @@ from lightning_compressm.model.layers import find_ssm_layers
 from lightning_compressm.model.resizing import install_resize_hooks
 from lightning_compressm.nn import LRU, S4D
 
-from .helpers import BATCH, BATCHES, CLASSES, dataset, trainer
-from .matrix import Cell
-from .matrix_watch import Watch, trainable
+from ..helpers import BATCH, BATCHES, CLASSES, dataset, trainer
+from .cells import Cell
+from .watch import Watch, trainable
 
 D_MODEL, STATES, EPOCHS = 4, 16, 3
 # As many as matter: where a pole does not, rounding decides where it lies.

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lightning_compressm import load_compressed
 
-from .helpers import trainer
-from .matrix import Cell
-from .matrix_run import EPOCHS, KEPT, STATES, Task, loader
+from ..helpers import trainer
+from .cells import Cell
+from .run import EPOCHS, KEPT, STATES, Task, loader
 
 Result = dict[str, Any]
 

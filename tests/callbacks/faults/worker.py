@@ -26,8 +26,8 @@ from lightning_compressm import CompreSSMCallback
 from lightning_compressm.nn._mamba import MambaBlock
 from lightning_compressm.reduction import processes
 
-from .faults import EXCHANGE, FAULTS, REWRAP, Injection, armed
-from .helpers import BATCHES, Classifier, loader, same, trainer
+from ..helpers import BATCHES, Classifier, loader, same, trainer
+from .catalogue import EXCHANGE, FAULTS, REWRAP, Injection, armed
 
 BY_NAME = {fault.name: fault for fault in (*FAULTS, *REWRAP, *EXCHANGE)}
 

@@ -31,9 +31,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_compressm import CompreSSMCallback
 
-from .helpers import trainer
-from .soak_plan import OPTIMIZERS, Net, Setting, plan
-from .soak_watch import Spoil, Watch, digest, gather, live, resident
+from ..helpers import trainer
+from .plan import OPTIMIZERS, Net, Setting, plan
+from .watch import Spoil, Watch, digest, gather, live, resident
 
 BATCH = 4
 REPEATED = 0.25  # of all reductions, again
@@ -251,7 +251,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Left alive, gloo's threads can abort the interpreter while it exits.
         torch.distributed.destroy_process_group()
     return int(any(figures.divergences or figures.problems for figures in all_figures))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

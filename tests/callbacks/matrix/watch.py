@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_compressm import CompreSSMCallback
 from lightning_compressm.model.layers import find_ssm_layers
 
-from .helpers import dataset
+from ..helpers import dataset
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def free_port() -> str:
@@ -26,7 +26,7 @@ def start_pair(module: str, *arguments: object) -> list[subprocess.Popen[str]]:
 
 def start(module: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
     """A process that runs a module of these tests."""
-    command = [sys.executable, "-m", f"tests.callbacks.{module}", *map(str, arguments)]
+    command = [sys.executable, "-m", f"tests.callbacks.faults.{module}", *map(str, arguments)]
     ranks = {"MASTER_ADDR": "127.0.0.1", "NODE_RANK": "0", "WORLD_SIZE": "2"}
     return subprocess.Popen(
         command,

@@ -12,20 +12,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from . import matrix, matrix_checks
-from .matrix import Cell, key
-from .matrix_run import eager, run
+from . import cells, checks
+from .cells import Cell, key
+from .run import eager, run
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 HEAVY = 1200  # seconds for a launch that many cells share, on a busy machine
 
 
 def _params(processes: int) -> list[object]:
-    quick = matrix.quick_cells()
+    quick = cells.quick_cells()
     return [
         pytest.param(cell, id=key(cell), marks=[] if key(cell) in quick else pytest.mark.slow)
-        for cell in matrix.cells()
-        if matrix.processes(cell) == processes
+        for cell in cells.cells()
+        if cells.processes(cell) == processes
     ]
 
 
@@ -34,25 +34,25 @@ def _need(cell: Cell) -> None:
         pytest.skip("mamba_ssm is not installed")
 
 
-def _load(out: Path, rank: int | str = 0) -> matrix_checks.Result:
+def _load(out: Path, rank: int | str = 0) -> checks.Result:
     for error in out.glob("error.*.txt"):
         pytest.fail(error.read_text()[-3000:])
-    result: matrix_checks.Result = torch.load(out / f"{rank}.pt")
+    result: checks.Result = torch.load(out / f"{rank}.pt")
     return result
 
 
-def _judge(cell: Cell, results: list[matrix_checks.Result], out: Path, tmp: Path) -> None:
+def _judge(cell: Cell, results: list[checks.Result], out: Path, tmp: Path) -> None:
     run(eager(cell), tmp / "single", devices=1)
     run(eager(cell), tmp / "free", devices=1, reduce=False)
     single, free = _load(tmp / "single"), _load(tmp / "free")
     for result in (*results, single):
-        matrix_checks.check_reduction(cell, result)
-        matrix_checks.check_training(cell, result)
-        matrix_checks.check_against_no_reduction(result, single, free)
+        checks.check_reduction(cell, result)
+        checks.check_training(cell, result)
+        checks.check_against_no_reduction(result, single, free)
     for result in results[1:]:
-        matrix_checks.check_ranks(results[0], result)
-    matrix_checks.check_against_one_process(cell, results, single)
-    matrix_checks.check_around(cell, results[0], out)
+        checks.check_ranks(results[0], result)
+    checks.check_against_one_process(cell, results, single)
+    checks.check_around(cell, results[0], out)
 
 
 @pytest.mark.parametrize("cell", _params(1))
@@ -83,7 +83,7 @@ def launched(
 
 
 def _launch(out: Path, keys: list[str]) -> None:
-    command = [sys.executable, "-m", "tests.callbacks.matrix_worker", str(out), *keys]
+    command = [sys.executable, "-m", "tests.callbacks.matrix.worker", str(out), *keys]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=HEAVY)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
@@ -103,10 +103,10 @@ def test_two_processes(cell: Cell, launched: Callable[[Cell], Path], tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.timeout(HEAVY)
-@pytest.mark.parametrize("cell", matrix.averaged_cells(), ids=key)
+@pytest.mark.parametrize("cell", cells.averaged_cells(), ids=key)
 def test_averaged(cell: Cell, launched: Callable[[Cell], Path], tmp_path: Path) -> None:
     """Their copies of the weights are carried through the reduction."""
-    if matrix.processes(cell) == 1:
+    if cells.processes(cell) == 1:
         test_one_process(cell, tmp_path)
     else:
         test_two_processes(cell, launched, tmp_path)
@@ -116,27 +116,27 @@ def test_averaged(cell: Cell, launched: Callable[[Cell], Path], tmp_path: Path) 
 
 
 def test_every_possible_pair_is_in_a_cell() -> None:
-    held = {pair for cell in matrix.cells() for pair in matrix.pairs_of(cell)}
-    assert not set(matrix.wanted_pairs()) - held
-    assert not [cell for cell in matrix.cells() if matrix.obstacle(cell)]
-    assert 60 <= len(matrix.cells()) <= 110
-    assert len({key(cell) for cell in matrix.cells()}) == len(matrix.cells())
+    held = {pair for cell in cells.cells() for pair in cells.pairs_of(cell)}
+    assert not set(cells.wanted_pairs()) - held
+    assert not [cell for cell in cells.cells() if cells.obstacle(cell)]
+    assert 60 <= len(cells.cells()) <= 110
+    assert len({key(cell) for cell in cells.cells()}) == len(cells.cells())
 
 
 def test_a_pair_that_is_left_out_has_a_reason() -> None:
-    wanted = set(matrix.wanted_pairs())
-    for one, values in matrix.AXES.items():
-        for other in (axis for axis in matrix.AXES if axis > one):
+    wanted = set(cells.wanted_pairs())
+    for one, values in cells.AXES.items():
+        for other in (axis for axis in cells.AXES if axis > one):
             for a in values:
-                for b in matrix.AXES[other]:
+                for b in cells.AXES[other]:
                     pair = ((one, a), (other, b))
-                    spawned = not matrix.is_wanted(pair)
-                    assert pair in wanted or spawned or matrix.obstacle({one: a, other: b})
+                    spawned = not cells.is_wanted(pair)
+                    assert pair in wanted or spawned or cells.obstacle({one: a, other: b})
 
 
 def test_quick_cells_hold_nearly_every_value() -> None:
-    quick = [cell for cell in matrix.cells() if key(cell) in matrix.quick_cells()]
+    quick = [cell for cell in cells.cells() if key(cell) in cells.quick_cells()]
     held = {item for cell in quick for item in cell.items()}
     heavy = {"mamba_ssm Mamba", "ddp_fork", "ddp_spawn"}
-    missing = {v for axis, values in matrix.AXES.items() for v in values if (axis, v) not in held}
+    missing = {v for axis, values in cells.AXES.items() for v in values if (axis, v) not in held}
     assert {value for value in missing if "torch.compile" not in value} <= heavy
