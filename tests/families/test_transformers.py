@@ -178,16 +178,18 @@ def test_dropping_states_that_are_not_read(name: str, monkeypatch: pytest.Monkey
         scan = module.mamba_selective_scan
         loop = getattr(scan, "_compressm_slow", scan).__wrapped__
         monkeypatch.setattr(module, "mamba_selective_scan", loop)
-    model = model_like(name)
+    double = name in EXACT
+    model, other = (model_like(name).double() if double else model_like(name) for _ in range(2))
     keep = stop_reading(model, kept=5)
     before = logits(model)
-    assert relative(before, logits(model_like(name))) > 1e-3
+    assert relative(before, logits(other)) > 1e-3
     approximate = {layer.family.approximate for layer in find_ssm_layers(model).values()}
     drop_others(model, keep)
     error = relative(logits(model), before)
     assert approximate == {name in NORMALISED}
     if name in EXACT:
-        assert torch.equal(logits(model), before)
+        # Nothing but the order in which products of another size are summed up.
+        assert error < 1e-13
     elif name in MAMBA2:
         assert error < 1e-6
     else:
