@@ -74,21 +74,19 @@ def _diagonal(
     A: Tensor, B: Tensor, C: Tensor, left: Tensor, right: Tensor, sigma: Tensor
 ) -> tuple[Tensor, Tensor]:
     """One system's eigenvalues and weights."""
-    condition = 0.0
     for share in _SHARES:
         kept = int((sigma > share * sigma[0]).sum())
-        if kept == 0:
-            return A.new_zeros(0, dtype=torch.complex128), C.new_zeros(
-                len(C), 0, dtype=torch.complex128
-            )
+        if kept == 0:  # it is not reached, or not read
+            nothing = torch.zeros(len(C), 0, dtype=torch.complex128, device=A.device)
+            return nothing[0], nothing
         root = sigma[:kept].sqrt()
         rows, columns = left[:kept] / root.unsqueeze(-1), right[:, :kept] / root
         eigenvalues, vectors = torch.linalg.eig(rows @ A @ columns)
         condition = float(torch.linalg.cond(vectors.detach()))
         rounding = condition * torch.finfo(A.dtype).eps
-        if condition <= _SAFE or rounding <= share or (share, True) == (_SHARES[-1], condition <= _USABLE):
+        if condition <= _SAFE or rounding <= share:
             break
-    else:
+    if condition > _USABLE:
         raise IllConditionedError(
             f"expected eigenvectors with a condition number up to {_USABLE:.0e}, got "
             f"{condition:.3g} for {kept} states; put this layer into `ignore`"

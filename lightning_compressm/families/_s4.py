@@ -27,6 +27,7 @@ __all__ = [
     "length_of",
     "output_scale",
     "pairs_of",
+    "refusal",
     "written_b",
 ]
 
@@ -79,7 +80,7 @@ class S4KernelFamily(Family):
     def matches(self, module: nn.Module) -> bool:
         """Whether the tensors are there, with shapes that fit together."""
         names, own = names_of(module), _own(module)
-        if names is None or ("P" in own) != self.low_rank:
+        if names is None or ("P" in own) != self.low_rank or _lends(module):
             return False
         decay, C = own[names.decay].shape, own["C"].shape
         pairs = () if _is_real(module) else (2,)
@@ -94,6 +95,7 @@ class S4KernelFamily(Family):
             and own[names.step].shape in ((channels,), (channels, 1), (channels, n))
             and (_is_real(module) or own[names.frequency].shape == decay)
             and (not self.low_rank or own["P"].shape[1:] == (copies, n, 2))
+            and (not self.low_rank or names.length in own)
         )
 
     def refuse(self, module: nn.Module) -> None:
@@ -101,14 +103,14 @@ class S4KernelFamily(Family):
         for name, plain in _PLAIN.items():
             value = getattr(module, name, plain)
             if value != plain:
-                raise _refusal(f"{name}={plain!r}", f"{name}={value!r}")
+                raise refusal(f"{name}={plain!r}", f"{name}={value!r}")
         for name in _transforms(module):
             if name not in _TRANSFORMS:
                 known = " or ".join(map(repr, _TRANSFORMS))
-                raise _refusal(f"transforms of dt and Re(A) by {known}", repr(name))
+                raise refusal(f"transforms of dt and Re(A) by {known}", repr(name))
         channels, copies = tensor_of(module, "C").shape[1], _diagonal_shape(module)[0]
         if channels != copies:
-            raise _refusal(
+            raise refusal(
                 f"an A for each of {channels} channels (n_ssm=None)",
                 f"{copies} that channels share: these have no common basis",
             )
@@ -119,7 +121,7 @@ class S4KernelFamily(Family):
         """How the layer is discretized; refuses what is unknown."""
 
     def state_axes(self, module: nn.Module) -> dict[str, int]:
-        """Dimension 1 of A, that before the pairs of B, C and P; the steps if each state has one."""
+        """Dimension 1 of A, the one before the pairs of B, C and P; the steps, if states have one."""
         names = _names(module)
         axes = {names.decay: 1}
         if not _is_real(module):
@@ -214,6 +216,14 @@ def written_b(module: nn.Module, values: Tensor) -> Tensor:
     return pairs_of(values).view(*shape, *values.shape, 2)
 
 
+def refusal(expected: str, got: str) -> UnsupportedLayerError:
+    """The error that names what a kernel should have been like."""
+    return UnsupportedLayerError(
+        f"expected an S4 kernel with {expected}, got {got}; build the layer otherwise, or put it "
+        "into `ignore`."
+    )
+
+
 def _own(module: nn.Module) -> dict[str, Tensor]:
     own = {**module._buffers, **module._parameters}
     return {name: tensor for name, tensor in own.items() if tensor is not None}
@@ -223,6 +233,12 @@ def _names(module: nn.Module) -> Names:
     names = names_of(module)
     assert names is not None
     return names
+
+
+def _lends(module: nn.Module) -> bool:
+    """Whether it only registers, a second time, what a kernel inside it has."""
+    inner = (sub for sub in module.modules() if sub is not module)
+    return any(_own(sub).get("C") is _own(module)["C"] for sub in inner)
 
 
 def _is_real(module: nn.Module) -> bool:
@@ -243,10 +259,3 @@ def _transforms(module: nn.Module) -> tuple[str, str]:
     """Those of the steps and of minus the real part of A."""
     decay = getattr(module, "real_transform", getattr(module, "real_type", "exp"))
     return str(getattr(module, "dt_transform", "exp")), str(decay)
-
-
-def _refusal(expected: str, got: str) -> UnsupportedLayerError:
-    return UnsupportedLayerError(
-        f"expected an S4 kernel with {expected}, got {got}; build the layer otherwise, or put it "
-        "into `ignore`."
-    )

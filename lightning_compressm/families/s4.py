@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar, get_args
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_compressm.control import DiagonalLTI, Reduction, balanced_truncation
-from lightning_compressm.control.hankel import Balance
-from lightning_compressm.errors import UnsupportedLayerError
 from lightning_compressm.families._base import tensor_of
 from lightning_compressm.families._continuous import to_continuous
 from lightning_compressm.families._dense import diagonal_form
@@ -27,14 +25,13 @@ from lightning_compressm.families._s4 import (
     length_of,
     output_scale,
     pairs_of,
+    refusal,
     written_b,
 )
 from lightning_compressm.families._s4_example import S4Example
 from lightning_compressm.surgery.plan import SurgeryPlan
 
 __all__ = ["S4Family"]
-
-_BALANCES: tuple[Balance, ...] = get_args(Balance)
 
 
 @register_family
@@ -54,16 +51,16 @@ class S4Family(S4KernelFamily):
     """
 
     name: ClassVar[str] = "S4"
-    layers: ClassVar[str] = 'state-spaces/s4 `S4Block(mode="dplr")`, and the `S4` of its older files'
+    layers: ClassVar[str] = (
+        'state-spaces/s4 `S4Block(mode="dplr")`, and the `S4` of its older files'
+    )
     low_rank: ClassVar[bool] = True
+    trains_real_poles: ClassVar[bool] = True
 
     def discretization(self, module: nn.Module) -> str:
         """Always the bilinear transform, with one step for each channel."""
         if self.steps(module).shape[1] != 1:
-            raise UnsupportedLayerError(
-                "expected an S4 kernel with one step for each channel (dt_tie=True), got one for "
-                "each state; put it into `ignore`."
-            )
+            raise refusal("one step for each channel (dt_tie=True)", "one for each state")
         return "bilinear"
 
     def system(self, module: nn.Module) -> DiagonalLTI:
@@ -103,32 +100,31 @@ class S4Family(S4KernelFamily):
         }
 
     def reduction_plan(self, module: nn.Module, reduction: Reduction) -> SurgeryPlan:
-        """As every family's; but an average needs to know no more than how to reduce."""
+        """As every family's; but an average needs to know no more than how to reduce.
+
+        Raises:
+            UnsupportedLayerError: if it is not the real form that was balanced: one half of each
+                pair says nothing of systems whose real poles are close.
+        """
+        if reduction.balance != "real":
+            raise refusal("balance='real' or 'auto'", f"balance={reduction.balance!r}")
         plan = super().reduction_plan(module, reduction)
         how = {
             "order": reduction.order,
-            "balance": _BALANCES.index(reduction.balance),
             "horizon": reduction.horizon or 0,
             "largest": int(reduction.selection == "largest"),
         }
-        return SurgeryPlan(plan.edits, plan.attributes, {"": {k: torch.tensor(v) for k, v in how.items()}})
+        projection = {name: torch.tensor(value) for name, value in how.items()}
+        return SurgeryPlan(plan.edits, plan.attributes, {"": projection})
 
     def projected_plan(self, module: nn.Module, projection: Mapping[str, Tensor]) -> SurgeryPlan:
         """A reduction of its own, to the same number of states and in the same way."""
-        how = {name: int(value) for name, value in projection.items()}
-        if not how["largest"]:
-            raise UnsupportedLayerError(
-                "expected selection='largest' where averages of an S4 kernel are kept, got another "
-                "one; leave out the average, or put this layer into `ignore`."
-            )
+        order, horizon, largest = (int(projection[n]) for n in ("order", "horizon", "largest"))
+        if not largest:
+            raise refusal("selection='largest' where weights are averaged", "another selection")
         with torch.no_grad():
-            system = self.system(module).check()
-            reduction = balanced_truncation(
-                system,
-                how["order"],
-                balance=_BALANCES[how["balance"]],
-                horizon=how["horizon"] or None,
-            )
+            system = self.system(module)
+            reduction = balanced_truncation(system, order, horizon=horizon or None)
         return self.reduction_plan(module, reduction)
 
     def example(self, d_state: int = 8) -> tuple[nn.Module, Tensor]:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compressm.control import DiagonalLTI
-from lightning_compressm.errors import UnsupportedLayerError
 from lightning_compressm.families._continuous import to_continuous, to_discrete
 from lightning_compressm.families._registry import register_family
 from lightning_compressm.families._s4 import (
@@ -19,6 +18,7 @@ from lightning_compressm.families._s4 import (
     complex_of,
     output_scale,
     pairs_of,
+    refusal,
     written_b,
 )
 from lightning_compressm.families._s4_example import S4Example
@@ -42,17 +42,16 @@ class S4DiagonalFamily(S4KernelFamily):
     """
 
     name: ClassVar[str] = "S4D kernel"
-    layers: ClassVar[str] = 'state-spaces/s4 `S4Block(mode="diag")`, and the `S4` of its older files'
+    layers: ClassVar[str] = (
+        'state-spaces/s4 `S4Block(mode="diag")`, and the `S4` of its older files'
+    )
     low_rank: ClassVar[bool] = False
 
     def discretization(self, module: nn.Module) -> str:
         """The zero-order hold or the bilinear transform."""
         method = getattr(module, "disc", "zoh")
         if method not in DISCRETIZATIONS:
-            raise UnsupportedLayerError(
-                f"expected an S4 kernel with disc={' or '.join(map(repr, DISCRETIZATIONS))}, got "
-                f"{method!r}; put it into `ignore`, or register a Family of your own for it."
-            )
+            raise refusal(f"disc={' or '.join(map(repr, DISCRETIZATIONS))}", repr(method))
         return str(method)
 
     def system(self, module: nn.Module) -> DiagonalLTI:
