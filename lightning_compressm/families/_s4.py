@@ -121,7 +121,7 @@ class S4KernelFamily(Family):
         """How the layer is discretized; refuses what is unknown."""
 
     def state_axes(self, module: nn.Module) -> dict[str, int]:
-        """Dimension 1 of A, the one before the pairs of B, C and P; the steps, if states have one."""
+        """Dimension 1 of A, the one before pairs of B, C and P; steps, where states have them."""
         names = _names(module)
         axes = {names.decay: 1}
         if not _is_real(module):
