@@ -49,7 +49,8 @@ class S4Example(nn.Module):
         for _ in range(inputs.shape[1]):
             kernel.append((C @ state).real.flatten())
             state = step @ state
-        return causal_convolution(inputs, torch.stack(kernel, -1))
+        outputs: Tensor = causal_convolution(inputs, torch.stack(kernel, -1))
+        return outputs
 
 
 def _both(values: Tensor) -> Tensor:

@@ -166,4 +166,5 @@ def _without_length(A: Tensor, C: Tensor, length: int) -> Tensor:
     if not length:
         return C
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    return torch.linalg.solve(eye - torch.linalg.matrix_power(A, length), C, left=False)
+    whole: Tensor = torch.linalg.solve(eye - torch.linalg.matrix_power(A, length), C, left=False)
+    return whole
