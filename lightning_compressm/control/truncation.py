@@ -44,6 +44,7 @@ class Reduction:
         horizon: As used: None also where the infinite-horizon reduction, being better and stable,
             replaced the time-limited one of every system.
         balance: As used.
+        selection: As used.
 
     Example:
         >>> import torch
@@ -60,6 +61,7 @@ class Reduction:
     energy_kept: Tensor
     horizon: int | None
     balance: str
+    selection: Selection
 
     @property
     def order(self) -> int:
@@ -286,4 +288,5 @@ def _assemble(forms: Sequence[ModalForm], sigma: Tensor, job: _Job, batch: torch
         energy_kept=unflattened(energy),
         horizon=job.horizon,
         balance=job.form.name,
+        selection=job.selection,
     )

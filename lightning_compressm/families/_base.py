@@ -151,6 +151,8 @@ class Family(FamilyBase):
         state_dim_attributes: integer attributes that follow the state dimension where a layer has
             them and they equal the old one.
         length_dim: which dimension of the layer's input is time.
+        trains_real_poles: whether training can make a layer's real poles complex again; then it is
+            balanced in the real form, also while training goes on.
 
     Example:
         >>> import torch
@@ -159,6 +161,8 @@ class Family(FamilyBase):
         >>> find_family(LRU(4, 8)).name
         'LRU'
     """
+
+    trains_real_poles: ClassVar[bool] = False
 
     @abstractmethod
     def system(self, module: nn.Module) -> DiagonalLTI:

@@ -1,4 +1,4 @@
-"""S5: ours, and the S5SSM of the s5-pytorch package.
+"""S5: ours, and the S5SSM of the s5-pytorch package and of its forks.
 
 One system x' = Lambda x + B u, y = Re(C x) (twice that in ours, where a state stands for a
 conjugate pair), with a step exp(log_step) for each state (Smith et al. 2023, arXiv 2208.04933).
@@ -31,8 +31,9 @@ class S5Family(Family):
 
     Ours has ``log_Lambda_re``, ``Lambda_im``, ``log_step`` (N,), ``B_re``, ``B_im`` (N, H) and
     ``C_re``, ``C_im`` (P, N). S5SSM has ``Lambda``, ``log_step`` (N,), ``B`` (N, H, 2) and ``C``
-    (P, N), or (P, 2N) if it is bidirectional. The reduced states all get the geometric mean of
-    the old steps; the reduction holds for the step scale 1 that layers are called with by default.
+    (P, N), or (P, 2N) if it is bidirectional. Forks of it keep ``Lambda`` (N, 2) and ``C``
+    (P, N, 2) as pairs of real numbers. The reduced states all get the geometric mean of the old
+    steps; the reduction holds for the step scale 1 that layers are called with by default.
 
     A bidirectional layer runs the same states forwards and backwards: the two outputs are
     balanced as one system. Its C counts twice there, so that the error bound covers their sum.
@@ -44,7 +45,7 @@ class S5Family(Family):
     """
 
     name: ClassVar[str] = "S5"
-    layers: ClassVar[str] = "ours; s5-pytorch"
+    layers: ClassVar[str] = "ours; s5-pytorch, also with real pairs (uzh-rpg/ssms_event_cameras)"
 
     def matches(self, module: nn.Module) -> bool:
         """Whether the parameters are there, with shapes that fit together."""
@@ -58,23 +59,22 @@ class S5Family(Family):
         if len(shapes) < len(tensors):
             return False
         steps = shapes["log_step"]
-        if len(steps) != 1 or any(shapes[name] != steps for name in vectors):
+        if len(steps) != 1:
             return False
         if _is_split(module):
             return (
-                shapes["B_re"] == shapes["B_im"]
+                all(shapes[name] == steps for name in vectors)
+                and shapes["B_re"] == shapes["B_im"]
                 and shapes["C_re"] == shapes["C_im"]
                 and len(shapes["B_re"]) == len(shapes["C_re"]) == 2
                 and shapes["B_re"][:1] == steps == shapes["C_re"][1:]
             )
         return (
-            own["Lambda"].is_complex()  # type: ignore[union-attr]
-            and own["C"].is_complex()  # type: ignore[union-attr]
+            shapes["Lambda"] == (*steps, *_pair(own["Lambda"]))
+            and shapes["B"] == (*steps, *shapes["B"][1:2], 2)
             and len(shapes["B"]) == 3
-            and shapes["B"][:1] == steps
-            and shapes["B"][2] == 2
-            and len(shapes["C"]) == 2
-            and shapes["C"][1] in (steps[0], 2 * steps[0])
+            and shapes["C"][2:] == _pair(own["C"])
+            and shapes["C"][1:2] in (steps, (2 * steps[0],))
         )
 
     def refuse(self, module: nn.Module) -> None:
@@ -102,7 +102,7 @@ class S5Family(Family):
             B = torch.complex(own["B_re"], own["B_im"])
             C = 2 * torch.complex(own["C_re"], own["C_im"])
         else:
-            poles, B, C = own["Lambda"], torch.complex(*own["B"].unbind(-1)), own["C"]
+            poles, B, C = (_joined(own[name]) for name in ("Lambda", "B", "C"))
             if _is_bidirectional(module):
                 C = 2 * torch.cat(C.chunk(2, 1))
         eigenvalues, gain = to_discrete(poles, own["log_step"].exp(), method)
@@ -123,11 +123,10 @@ class S5Family(Family):
         C = system.C
         if _is_bidirectional(module):
             C = torch.cat(C.chunk(2), 1) / 2
-        return {
-            "Lambda": poles,
-            "log_step": log_step,
-            "B": torch.stack((B.real, B.imag), -1),
-            "C": C,
+        values = {"Lambda": poles, "B": B, "C": C}
+        return {"log_step": log_step} | {
+            name: value if tensor_of(module, name).is_complex() else torch.view_as_real(value)
+            for name, value in values.items()
         }
 
     def moment_rules(
@@ -139,7 +138,8 @@ class S5Family(Family):
         linear, conjugate = reduction.basis.output_gradient()
         if _is_bidirectional(module):
             linear, conjugate = _twice(linear), _twice(conjugate)
-        rules |= matrix_rules("C", 1, linear, conjugate, split=split)
+        if split or tensor_of(module, "C").is_complex():
+            rules |= matrix_rules("C", 1, linear, conjugate, split=split)
         if split:  # pairs along a last dimension can't be combined
             old, new = self._gains(module, reduction)
             linear, conjugate = reduction.basis.input_gradient()
@@ -182,6 +182,15 @@ def _is_bidirectional(module: nn.Module) -> bool:
     if _is_split(module):
         return False
     return tensor_of(module, "C").shape[1] == 2 * tensor_of(module, "log_step").shape[0]
+
+
+def _pair(tensor: Tensor | None) -> tuple[int, ...]:
+    """The dimension of a tensor that keeps complex numbers as pairs."""
+    return () if tensor is None or tensor.is_complex() else (2,)
+
+
+def _joined(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_complex() else torch.complex(*tensor.unbind(-1))
 
 
 def _twice(matrix: Tensor) -> Tensor:

@@ -99,7 +99,8 @@ def analyse_linear(
     assert isinstance(family, Family)
     system = family.system(layer.module)
     system.check()
-    balance = resolve_balance(policy.balance, system, trained_on=policy.trained_on)
+    folds = policy.trained_on and not family.trains_real_poles
+    balance = resolve_balance(policy.balance, system, trained_on=folds)
     horizon = _resolve_horizon(policy.horizon, seen.lengths.get(layer.name))
     with numerics():
         factors = factorise(system, balance, horizon)

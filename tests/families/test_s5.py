@@ -18,6 +18,7 @@ from lightning_compressm.families.s5 import S5Family
 from lightning_compressm.nn import S5
 from lightning_compressm.surgery.apply import apply_plan
 from lightning_compressm.surgery.optimizer import carry_gradients
+from tests.families.ports import PairsS5
 
 FAMILY = S5Family()
 METHODS = ["zoh", "bilinear"]
@@ -304,4 +305,77 @@ def test_an_unknown_discretization_is_refused(s5: Any):
 def test_look_alikes_of_the_package_are_left_alone(s5: Any, name: str, value: Tensor):
     layer = _other(s5).seq
     setattr(layer, name, nn.Parameter(value))
+    assert find_family(layer) is None
+
+
+# -- forks of it that keep pairs of real numbers -------------------------------------------------
+
+
+def _pairs(method: str, bidir: bool) -> PairsS5:
+    torch.manual_seed(0)
+    return PairsS5(3, 8, bidir=bidir, discretization=method).double()
+
+
+both_methods = pytest.mark.parametrize("method", METHODS)
+both_directions = pytest.mark.parametrize("bidir", [False, True])
+
+
+@both_methods
+def test_the_system_is_what_a_layer_of_pairs_computes(method: str):
+    layer = _pairs(method, bidir=False)
+    assert find_ssm_layers(layer)[""].state_dim == 8
+    wanted = FAMILY.system(layer).impulse_response(30)[1:].detach()
+    torch.testing.assert_close(_response(layer, 3, 30, torch.float64), wanted)
+
+
+@both_directions
+@both_methods
+def test_layers_of_pairs_keep_the_bound(method: str, bidir: bool):
+    layer, x = _pairs(method, bidir), torch.randn(1, 80, 3, dtype=torch.float64)
+    same, _ = _reduced(layer, 8)
+    torch.testing.assert_close(same(x), layer(x), rtol=1e-9, atol=1e-10)
+    for order in (2, 4, 6):
+        twin, reduction = _reduced(layer, order)
+        error = float((twin(x) - layer(x)).detach().norm() / x.norm())
+        assert 1e-4 * float(reduction.bound) < error <= float(reduction.bound)
+
+
+@both_directions
+def test_layers_of_pairs_are_reduced_trained_and_loaded(bidir: bool):
+    model, x = _pairs("bilinear", bidir).float(), torch.randn(2, 30, 3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(4):
+        if step == 2:
+            (event,) = compress(model, state_dim=5, sample=x, optimizers=[optimizer]).events
+            assert (event.horizon, event.new_state_dim) == (30, 5)
+        optimizer.zero_grad()
+        (model(x) - x.roll(1, 1)).square().mean().backward()
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer.step()
+        assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == {
+        "Lambda": (5, 2),
+        "log_step": (5,),
+        "B": (5, 3, 2),
+        "C": (3, 10 if bidir else 5, 2),
+        "D": (3,),
+    }
+    fresh = PairsS5(3, 8, bidir=bidir)
+    load_compressed(fresh, model.state_dict())
+    assert torch.equal(fresh(x), model(x))
+
+
+def test_what_is_not_linear_is_refused_in_pairs_too():
+    layer = _pairs("zoh", bidir=False)
+    layer.liquid = True
+    with pytest.raises(UnsupportedLayerError, match="liquid=False, got liquid=True"):
+        compress(layer, state_dim=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("Lambda", (8, 3)), ("Lambda", (7, 2)), ("C", (3, 12, 2)), ("B", (8, 3))]
+)
+def test_look_alikes_of_pairs_are_left_alone(name: str, shape: tuple[int, ...]):
+    layer = _pairs("zoh", bidir=False)
+    setattr(layer, name, nn.Parameter(torch.zeros(shape)))
     assert find_family(layer) is None
