@@ -50,7 +50,7 @@ class S4Example(nn.Module):
         for _ in range(inputs.shape[1]):
             kernel.append((C.unsqueeze(-2) @ state).real.flatten())
             state = step @ state
-        outputs = causal_convolution(_wide(inputs), torch.stack(kernel, -1))
+        outputs: Tensor = causal_convolution(_wide(inputs), torch.stack(kernel, -1))
         return outputs.to(inputs.dtype)
 
 
