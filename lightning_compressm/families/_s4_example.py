@@ -35,22 +35,28 @@ class S4Example(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The causal convolution with each channel's impulse response."""
-        steps = self.inv_dt.exp()
-        A = torch.diag_embed(_both(torch.complex(-self.A_real.exp(), -self.A_imag)))
-        if hasattr(self, "P"):
-            P = _both(torch.view_as_complex(self.P))
+        own = {name: _wide(parameter) for name, parameter in self.named_parameters()}
+        steps = own["inv_dt"].exp()
+        A = torch.diag_embed(_both(torch.complex(-own["A_real"].exp(), -own["A_imag"])))
+        if "P" in own:
+            P = _both(torch.complex(*own["P"].unbind(-1)))
             A = A - torch.einsum("rhm,rhn->hmn", P, P.conj())
         half = steps.unsqueeze(-1) / 2 * A
         eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
         step = torch.linalg.solve(eye - half, eye + half)
-        driven = steps * _both(torch.view_as_complex(self.B)[0])
-        state = torch.linalg.solve(eye - half, driven.unsqueeze(-1))
-        C, kernel = _both(torch.view_as_complex(self.C)[0]).unsqueeze(-2), []
+        B, C = (_both(torch.complex(*own[name][0].unbind(-1))) for name in "BC")
+        state = torch.linalg.solve(eye - half, (steps * B).unsqueeze(-1))
+        kernel = []
         for _ in range(inputs.shape[1]):
-            kernel.append((C @ state).real.flatten())
+            kernel.append((C.unsqueeze(-2) @ state).real.flatten())
             state = step @ state
-        outputs: Tensor = causal_convolution(inputs, torch.stack(kernel, -1))
-        return outputs
+        outputs: Tensor = causal_convolution(_wide(inputs), torch.stack(kernel, -1))
+        return outputs.to(inputs.dtype)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Linear algebra knows no half precision."""
+    return tensor.float() if tensor.dtype.itemsize < 4 else tensor
 
 
 def _both(values: Tensor) -> Tensor:
