@@ -45,6 +45,15 @@ def _reproducible() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _environment_stays() -> Iterator[None]:
+    """A DDP Trainer sets LOCAL_RANK and others; processes started later would not start theirs."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
 def _runs_in_tmp_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Trainer without `default_root_dir` writes checkpoints and logs to the working directory."""
     monkeypatch.chdir(tmp_path)
