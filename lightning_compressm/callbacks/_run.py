@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -42,7 +42,7 @@ class ReductionRun:
         schedule: when to look.
         batches: how many batches' inputs to keep for calibration.
         optimizer_state: what becomes of optimizer state.
-        guard: judges reductions by a validation metric.
+        new_guard: makes what judges reductions by a validation metric.
         verbose: log a table of every event on rank 0.
 
     Attributes:
@@ -51,6 +51,7 @@ class ReductionRun:
         watch: what the layers see.
         pending: what was decided and not carried out yet.
         layers: name -> layer, as of the latest look.
+        state_dims: layer name -> current state dimension; empty before training starts.
     """
 
     model: weakref.ReferenceType[nn.Module] | None = None
@@ -62,18 +63,19 @@ class ReductionRun:
         schedule: Schedule,
         batches: int,
         optimizer_state: OptimizerStatePolicy,
-        guard: RollbackGuard,
+        new_guard: Callable[[], RollbackGuard],
         verbose: bool,
     ) -> None:
         self.policy = policy
         self.optimizer_state: OptimizerStatePolicy = optimizer_state
-        self.guard = guard
+        self.guard = new_guard()
         self.verbose = verbose
         self.looks = Looks(schedule)
         self.watch = TrainingWatch(policy, batches)
         self.history: list[dict[str, Any]] = []
         self.pending: Decision | None = None
         self.layers: Mapping[str, SSMLayer] = {}
+        self.state_dims: dict[str, int] = {}
         self._left: Fingerprint = ()  # the model as the latest fit left it
         self._first_step = 0
         self._bad_step: Tensor | None = None  # the first one with a loss that was not finite
@@ -98,16 +100,16 @@ class ReductionRun:
         self.watch.detach()
         self._left = _fingerprint(pl_module)
 
-    @property
-    def state_dims(self) -> dict[str, int]:
-        """Layer name -> current state dimension; empty before training starts."""
-        return {name: layer.state_dim for name, layer in self.layers.items()}
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process, or a copy, finds layers of its own when it begins."""
+        return vars(self) | {"model": None, "layers": {}}
 
     def take(self, pl_module: pl.LightningModule, layers: Mapping[str, SSMLayer]) -> None:
         """Belong to this model from now on."""
         self.model = weakref.ref(pl_module)
         self.layers = layers
         self.watch.start(layers)
+        self._refresh_state_dims()
 
     def begin(self, trainer: pl.Trainer) -> None:
         """Tie the window to this run; when training starts, the data is there to count."""
@@ -205,8 +207,12 @@ class ReductionRun:
         self._record(decision)
         return True
 
+    def _refresh_state_dims(self) -> None:
+        self.state_dims = {name: layer.state_dim for name, layer in self.layers.items()}
+
     def _record(self, decision: Decision) -> None:
         self.history += [event.to_dict() for event in decision.events]
+        self._refresh_state_dims()
         if self.verbose and decision.events:
             step, table = decision.events[0].step, format_table(decision.events)
             rank_zero_info(f"CompreSSM after step {step}:\n{table}")

@@ -32,6 +32,14 @@ class TrainingWatch:
         self._latest: deque[CallRecorder] = deque(maxlen=batches)
         self._copied: set[str] = set()  # layers whose inputs the model changes in place
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Neither layers nor their data go along into a copy."""
+        return vars(self) | {
+            "_layers": {},
+            "_recorder": None,
+            "_latest": deque(maxlen=self._latest.maxlen),
+        }
+
     def start(self, layers: Mapping[str, SSMLayer]) -> None:
         """Listen to these layers from now on, and forget what others got."""
         self._layers = layers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
@@ -154,15 +155,17 @@ class CompreSSMCallback(Callback):
             trained_on=True,
         )
         schedule = Schedule(window, every_n_epochs, every_n_steps)
-
-        def new_run() -> ReductionRun:
-            guard = RollbackGuard(monitor, mode, max_degradation, rollback_dir)
-            return ReductionRun(
-                self.policy, schedule, calibration_batches, optimizer_state, guard, verbose
-            )
-
-        self._new_run = new_run
-        self._run = new_run()
+        new_guard = partial(RollbackGuard, monitor, mode, max_degradation, rollback_dir)
+        self._new_run = partial(
+            ReductionRun,
+            self.policy,
+            schedule,
+            calibration_batches,
+            optimizer_state,
+            new_guard,
+            verbose,
+        )
+        self._run = self._new_run()
         self._fitting = True  # a test of some checkpoint must not replace the history of training
 
     @property
@@ -173,7 +176,7 @@ class CompreSSMCallback(Callback):
     @property
     def state_dims(self) -> dict[str, int]:
         """Layer name -> current state dimension; empty before training starts."""
-        return self._run.state_dims
+        return dict(self._run.state_dims)
 
     @property
     def state_key(self) -> str:

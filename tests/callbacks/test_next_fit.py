@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 
 from lightning_compressm import CompreSSMCallback
 
-from .helpers import BATCHES, Classifier, loader, same, trainer
+from .helpers import BATCHES, Classifier, Plain, loader, same, trainer
 
 
 class Stop(pl.Callback):
@@ -154,3 +156,14 @@ def test_an_unjudged_state_is_not_rolled_back_into_another_model(tmp_path: Path)
     trainer(tmp_path, _callback(monitor="score"), max_epochs=1).fit(alone, loader(), loader())
     assert same(dict(other.state_dict()), dict(alone.state_dict()))
     assert not [event for event in callback.history if event["action"] == "rollback"]
+
+
+def test_a_callback_can_be_copied_and_sent_to_processes_after_a_fit(tmp_path: Path):
+    callback = _callback(layers=["net.first"])
+    trainer(tmp_path, callback, max_epochs=2).fit(Plain(), loader())
+    for other in (deepcopy(callback), pickle.loads(pickle.dumps(callback))):
+        assert other.history == callback.history
+        assert other.state_dims == callback.state_dims == {"net.first": 6}
+        model = Plain()
+        trainer(tmp_path, other, max_epochs=2).fit(model, loader())
+        assert other.state_dims == {"net.first": 6}
