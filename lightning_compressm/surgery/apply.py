@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +56,7 @@ def apply_plan(
 
     Raises:
         SurgeryError: if a name is missing, or ranks or tied values disagree. Nothing was changed.
-        UnsupportedLayerError: for parametrizations and parameters with hooks.
+        UnsupportedLayerError: for parametrizations, and hooks after accumulation of gradients.
         NonFiniteError: if a new value holds NaN or infinity.
 
     Example:
@@ -69,6 +70,7 @@ def apply_plan(
         torch.Size([4, 3])
     """
     replacements = _prepare(model, plan)
+    _tell_of_hooks(replacements)
     homes = {name: _resolve_attribute(model, name) for name in plan.attributes}
     with all_or_nothing(undo) as steps:
         for replacement in replacements.values():
@@ -91,7 +93,7 @@ def check_replaceable(model: nn.Module, names: Iterable[str]) -> None:
 
     Raises:
         SurgeryError: if a name is missing.
-        UnsupportedLayerError: for parametrizations and parameters with hooks.
+        UnsupportedLayerError: for parametrizations, and hooks after accumulation of gradients.
 
     Example:
         >>> check_replaceable(nn.Linear(2, 2), ["weight"])
@@ -117,6 +119,16 @@ def _prepare(model: nn.Module, plan: SurgeryPlan) -> dict[str, Replacement]:
     return replacements
 
 
+def _tell_of_hooks(replacements: Mapping[str, Replacement]) -> None:
+    hooked = [name for name, one in replacements.items() if one.new._backward_hooks]
+    if hooked:
+        warnings.warn(
+            f"gradient hooks on {', '.join(map(repr, hooked))} go on with gradients of the new "
+            "shape; hooks that keep sizes have to be set again",
+            stacklevel=3,
+        )
+
+
 def _equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and (a.is_meta or torch.equal(a, b))
 
@@ -133,6 +145,9 @@ def _new_tensor(name: str, old: Tensor, value: Tensor) -> Tensor:
     if isinstance(old, nn.Parameter):
         new = nn.Parameter(new, requires_grad=old.requires_grad)
         new.__dict__.update(old.__dict__)
+        if old._backward_hooks:
+            # The same dictionary, by whose handles the user may still remove them.
+            new._backward_hooks = old._backward_hooks
     return new
 
 
@@ -147,12 +162,12 @@ def _find_tensor(model: nn.Module, name: str) -> Tensor:
             "wraps it, merge that first, or ignore this layer."
         )
     plain = type(tensor) in (nn.Parameter, Tensor, nn.Buffer)
-    hooked = tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None)
+    hooked = getattr(tensor, "_post_accumulate_grad_hooks", None)
     if not plain or hooked:
-        what = "hooks" if plain else f"type {type(tensor).__name__}"
+        what = "hooks after accumulation" if plain else f"type {type(tensor).__name__}"
         raise UnsupportedLayerError(
-            f"'{name}' has {what}; expected a plain nn.Parameter without hooks, since they can't "
-            "be moved to a new one. Remove them or ignore this layer."
+            f"'{name}' has {what}; expected a plain nn.Parameter without, since they can't be "
+            "moved to a new one. Remove them or ignore this layer."
         )
     return tensor
 

@@ -90,7 +90,7 @@ def _share_one(net: Any) -> None:
 
 
 def _hook(net: Any) -> None:
-    net.first.B_re.register_hook(lambda gradient: gradient)
+    net.first.B_re.register_post_accumulate_grad_hook(lambda parameter: None)
 
 
 class Adapter(nn.Module):
@@ -277,8 +277,8 @@ REFUSED = [
         model=lambda: changed(_share_one),
     ),
     Refused(
-        "gradient hooks on state parameters",
-        "'net.first' can't be reduced: 'B_re' has hooks",
+        "hooks on state parameters after accumulation of gradients",
+        "'net.first' can't be reduced: 'B_re' has hooks after accumulation",
         "UnsupportedLayerError",
         model=lambda: changed(_hook),
     ),

@@ -220,10 +220,6 @@ def _identity(model: nn.Module) -> None:
     parametrize.register_parametrization(model[2], "weight", nn.Identity())
 
 
-def _hooked(model: nn.Module) -> None:
-    model[2].weight.register_hook(lambda grad: grad)
-
-
 def _post_hooked(model: nn.Module) -> None:
     model[2].weight.register_post_accumulate_grad_hook(lambda p: None)
 
@@ -248,8 +244,7 @@ def _lazy(model: nn.Module) -> None:
     [
         (_spectral, UnsupportedLayerError, "parametrized"),
         (_identity, UnsupportedLayerError, "remove_parametrizations"),
-        (_hooked, UnsupportedLayerError, "has hooks"),
-        (_post_hooked, UnsupportedLayerError, "has hooks"),
+        (_post_hooked, UnsupportedLayerError, "has hooks after accumulation"),
         (_pruned, SurgeryError, "neither a parameter nor a buffer"),
         (_special, UnsupportedLayerError, "type Special"),
         (_lazy, UnsupportedLayerError, "type UninitializedParameter"),
@@ -329,3 +324,25 @@ def test_a_failure_in_the_middle_takes_everything_back(
     Fragile.armed = False
     _assert_untouched(model, before)
     assert not hasattr(model[0], "kind")
+
+
+def test_gradient_hooks_go_on_and_can_still_be_removed():
+    layer, shapes = nn.Linear(3, 4, bias=False), []
+    handle = layer.weight.register_hook(lambda gradient: shapes.append(tuple(gradient.shape)))
+
+    def backward() -> None:
+        layer(torch.ones(1, 3)).sum().backward()
+
+    backward()
+    undo = ExitStack()
+    with pytest.warns(UserWarning, match="gradient hooks on 'weight' go on"):
+        apply_plan(layer, SurgeryPlan({"weight": TensorEdit(torch.ones(2, 3))}), undo)
+    backward()
+    undo.close()
+    backward()
+    assert shapes == [(4, 3), (2, 3), (4, 3)]
+    with pytest.warns(UserWarning, match="gradient hooks"):
+        apply_plan(layer, SurgeryPlan({"weight": TensorEdit(torch.ones(2, 3))}))
+    handle.remove()
+    backward()
+    assert len(shapes) == 3
