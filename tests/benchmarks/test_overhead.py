@@ -62,6 +62,7 @@ def test_a_missed_target_fails(
     measured = steps.Costs(step=[1.0, 1.0, 1.0], hooks=[0.01, 0.02, 0.4], epochs=[0.1] * 3)
     costs = {("medium", phase): measured for phase in PHASES}
     monkeypatch.setattr(command, "measure", lambda *_: costs)
+    monkeypatch.setattr(command, "measure_cuts", lambda *_: {})
     assert command.main(["--sizes", "medium", "--target", "1.9"]) == 1
     assert "above the target" in capsys.readouterr().out
     assert command.main(["--sizes", "medium", "--target", "2"]) == 0
