@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections.abc import Callable, Mapping
@@ -175,9 +176,13 @@ class ReductionRun:
         self.looks.done()
 
     def _note_loss(self, outputs: Any, step: int) -> None:
-        """Without waiting for the device: the value is read only where a look fails."""
+        """Without waiting for a device: there the value is read only where a look fails."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if not isinstance(loss, Tensor) or not self.looks.to_come:
+            return
+        if loss.device.type == "cpu" and loss.numel() == 1:
+            if self._bad_step is None and not math.isfinite(loss.item()):
+                self._bad_step = torch.tensor(step)
             return
         first = loss.new_tensor(-1, dtype=torch.int64) if self._bad_step is None else self._bad_step
         bad = (first < 0) & ~torch.isfinite(loss.detach()).all()

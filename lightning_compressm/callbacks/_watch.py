@@ -13,12 +13,16 @@ from lightning_compressm.reduction.recorder import CallRecorder, Seen
 
 __all__ = ["TrainingWatch"]
 
+# Lengths alone are taken from the first batches, and later from one batch in so many.
+_FIRST, _ONE_IN = 8, 8
+
 
 class TrainingWatch:
     """Listens to the SSM layers during training batches, as long as a look is to come.
 
-    Lengths are the longest of all batches so far. Inputs of layers that need data are those of the
-    latest batches, so that a look sees the layer as it is fed at that time; they are not saved.
+    Lengths are the longest of the batches listened to so far. Inputs of layers that need data are
+    those of the latest batches, so that a look sees the layer as it is fed at that time; they are
+    not saved.
 
     Attributes:
         lengths: layer name -> longest sequence seen, in steps.
@@ -28,8 +32,10 @@ class TrainingWatch:
         self.policy = policy
         self.lengths: dict[str, int] = {}
         self._layers: Mapping[str, SSMLayer] = {}
+        self._wanted: set[str] = set()  # layers that can't be looked at without data
         self._recorder: CallRecorder | None = None
         self._latest: deque[CallRecorder] = deque(maxlen=batches)
+        self._batches = 0
         self._copied: set[str] = set()  # layers whose inputs the model changes in place
 
     def __getstate__(self) -> dict[str, Any]:
@@ -43,6 +49,7 @@ class TrainingWatch:
     def start(self, layers: Mapping[str, SSMLayer]) -> None:
         """Listen to these layers from now on, and forget what others got."""
         self._layers = layers
+        self._wanted = {name for name, layer in layers.items() if layer.family.needs_data}
         self._latest.clear()
 
     def attach(self, *, looking: bool) -> None:
@@ -54,8 +61,14 @@ class TrainingWatch:
         self.drop()
         if not looking:
             self._latest.clear()
-        elif self._wanted or self.policy.horizon == "auto":
+        elif self._wanted or self._wants_lengths():
             self._recorder = CallRecorder(self._layers, self._copied)
+
+    def _wants_lengths(self) -> bool:
+        """Whether to listen to this batch for the lengths of its sequences."""
+        self._batches += 1
+        due = self._batches <= _FIRST or self._batches % _ONE_IN == 0
+        return due and self.policy.horizon == "auto"
 
     def detach(self) -> None:
         """Keep what was heard; safe to call at any time."""
@@ -101,11 +114,6 @@ class TrainingWatch:
             self._latest.clear()
         heard = {name for recorder in self._latest for name in recorder.inputs}
         return not self._wanted or bool(self._wanted & heard)
-
-    @property
-    def _wanted(self) -> set[str]:
-        """Layers that can't be looked at without data."""
-        return {name for name, layer in self._layers.items() if layer.family.needs_data}
 
     @property
     def seen(self) -> Seen:

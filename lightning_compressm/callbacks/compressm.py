@@ -66,8 +66,8 @@ class CompreSSMCallback(Callback):
             ``"greedy"``, or the ablations ``"smallest"`` and ``"random"``; ``"auto"`` is the
             package's choice.
         selection: ``"largest"``, or the ablations ``"smallest"`` and ``"random"``.
-        calibration_batches: training batches from which sequence lengths are taken, and the latest
-            of which selective layers are calibrated on; added up over the ranks.
+        calibration_batches: the latest training batches, as many as selective layers are calibrated
+            on; added up over the ranks.
         refit: let the rest of a selective layer make up for the states that go.
         max_output_error: refuse a cut of a selective layer that changes its output on the
             calibration batches by more than this share (root mean squares); before that, try with
