@@ -128,13 +128,14 @@ def factorise(system: DiagonalLTI, balance: Balance, horizon: int | None) -> Fac
 
     Raises:
         NonFiniteError: If a parameter is NaN or infinite.
-        UnstableSystemError: If an eigenvalue is on or outside the unit circle.
+        UnstableSystemError: If an eigenvalue is outside the unit circle, or on it and there is no
+            horizon.
         ValueError: If ``balance`` or ``horizon`` is not valid for the system.
     """
     form = form_of(balance)
     form.check(system)
     compute = partial(Factors.of, form=form, horizon=check_horizon(horizon))
-    return in_double(compute, system.each(Tensor.detach).check())
+    return in_double(compute, system.each(Tensor.detach).check(horizon=horizon))
 
 
 def hankel_singular_values(
@@ -162,7 +163,8 @@ def hankel_singular_values(
 
     Raises:
         NonFiniteError: If a parameter is NaN or infinite.
-        UnstableSystemError: If an eigenvalue is on or outside the unit circle.
+        UnstableSystemError: If an eigenvalue is outside the unit circle, or on it and there is no
+            horizon.
         ValueError: If ``balance`` or ``horizon`` is not valid, or a system with complex outputs is
             to be balanced in another form than "complex".
 
@@ -178,7 +180,7 @@ def hankel_singular_values(
     form = form_of(balance)
     form.check(system)
     compute = partial(_singular_values, form=form, horizon=check_horizon(horizon))
-    checked = system.check()
+    checked = system.check(horizon=horizon)
     return back_to(in_double(compute, checked), system.eigenvalues.device)
 
 
