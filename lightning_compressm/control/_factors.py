@@ -9,9 +9,12 @@ from torch import Tensor
 
 from lightning_compressm.control._kernel import one_minus_product, unit_gap
 
-__all__ = ["Gramian"]
+__all__ = ["LARGE", "Gramian"]
 
 MIN_PIVOT = 1e-4  # below, rounding of the Gramian shows in its factor beyond the eighth digit
+LARGE = 1024  # rows of a Gramian from which on what pays for large ones only is done
+_APART = 1e-3  # least pivot of the conjugate, so that twelve digits of its phase are right
+_STEPS = 32  # between two looks at whether anything is left to eliminate
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +60,11 @@ class Gramian:
         eigenvalues, rows = self.eigenvalues[bad], self.rows[bad]
         if self.matrix.is_complex():
             return _schur_factor(eigenvalues, rows)
+        if unit.shape[-1] >= LARGE:
+            factors = [_paired_factor(*one) for one in zip(eigenvalues, rows, strict=True)]
+            found = [factor for factor in factors if factor is not None]
+            if len(found) == len(factors):
+                return torch.stack(found)
         return _real_schur_factor(eigenvalues, rows)
 
 
@@ -116,3 +124,72 @@ def _real_schur_factor(eigenvalues: Tensor, rows: Tensor) -> Tensor:
     wide = torch.cat([stacked.real, stacked.imag], -1)
     triangle: Tensor = torch.linalg.qr(wide.mT, mode="r").R
     return triangle.mT
+
+
+def _paired_factor(eigenvalues: Tensor, rows: Tensor) -> Tensor | None:
+    """The same for one large system: a state and its conjugate at a time, so that all stays real.
+
+    With Blaschke factors that are 1 at ``z = 1``, the rows that a pair leaves behind are conjugate
+    again. So only those of the states themselves are kept, and no QR decomposition is needed. What
+    is below rounding is left out: the last columns are zero then. There is no such factor (None)
+    where a state is all but its own conjugate, as poles with next to no phase are.
+    """
+    n = eigenvalues.shape[-1]
+    gap = unit_gap(eigenvalues)
+    norm = torch.linalg.vector_norm(rows, dim=-1)
+    rows = torch.where(norm > 0, 1 / norm, 0).unsqueeze(-1) * rows * gap.sqrt().unsqueeze(-1)
+    plain = one_minus_product(eigenvalues.conj(), eigenvalues.conj(), gap)
+    crossed = one_minus_product(eigenvalues, eigenvalues.conj(), gap)
+    phases = (1 - eigenvalues.conj()) / (1 - eigenvalues)
+    least = 2 * n * torch.finfo(gap.dtype).eps
+    columns, apart = [], torch.ones_like(gap[:1], dtype=torch.bool)
+    for step in range(n):
+        pivot = (torch.view_as_real(rows).square().sum((-2, -1)) / gap).argmax().view(1)
+        row, pole, width, phase = (x[pivot] for x in (rows, eigenvalues, gap.sqrt(), phases))
+        first, alpha = _direction(row, width, least)
+        if step % _STEPS == 0 and not bool((alpha > 0) & apart):
+            break
+        # What is left of the conjugate of the pivot, when that has been eliminated.
+        beside = crossed[pivot, pivot].conj()
+        own = row.conj() @ first.mH
+        blaschke = (pole.conj() - pole) / beside * phase
+        second, gamma = _direction(row.conj() - own * (1 - blaschke) * first, width, least)
+        apart = apart & ((gamma == 0) | (gamma > _APART * alpha.square()))
+        turn = _to_real(alpha, own[0] / beside * width, gamma)
+
+        denominators = torch.stack([plain[pivot], crossed[pivot]], -1)[0]
+        poles, turns = torch.cat([pole, pole.conj()]), torch.cat([phase, phase.conj()])
+        lost = 1 - (eigenvalues.unsqueeze(-1) - poles) / denominators * turns
+        pair = torch.cat([first, second])
+        along = rows @ pair.mH
+        along[:, 1:] -= along[:, :1] * lost[:, :1] * (first @ second.mH)
+        columns.append(along / denominators * width @ turn)
+        rows = torch.addmm(rows, along * lost, pair, alpha=-1).index_fill(0, pivot, 0)
+    if not bool(apart):
+        return None
+    factor = gap.new_zeros(2 * n, 2 * n)
+    if columns:
+        states = torch.cat(columns, -1) * (norm / gap.sqrt()).unsqueeze(-1)
+        factor[:, : states.shape[-1]] = torch.cat([states.real, states.imag])
+    return factor
+
+
+def _direction(row: Tensor, width: Tensor, least: float) -> tuple[Tensor, Tensor]:
+    """A row's direction and its pivot; both are zero where that is rounding."""
+    length = torch.linalg.vector_norm(row, dim=-1)
+    live = length > least * width
+    return torch.where(live, row / length, 0), torch.where(live, length / width, 0)
+
+
+def _to_real(alpha: Tensor, beta: Tensor, gamma: Tensor) -> Tensor:
+    """The unitary W that makes a pair's columns ``[[alpha, 0], [beta, gamma]] W`` conjugate rows.
+
+    Alpha and gamma are real. Of the real and the imaginary part, the larger comes first.
+    """
+    upper = beta.real >= 0
+    sign = torch.where(upper, 1, -1)
+    part, other = alpha + sign * beta, sign * gamma
+    length = (part.abs().square() + other.square()).sqrt()
+    columns = [torch.cat([part.conj(), other]), 1j * torch.cat([other, -part])]
+    unitary = torch.stack(columns, -1) * torch.where(upper, 1, 1j) / length
+    return torch.where(alpha > 0, unitary, torch.zeros_like(unitary))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 __all__ = ["Kernel", "one_minus_product", "unit_gap"]
 
+_NEAR = 1e-8  # the square of what is smaller is rounding
 _SPLITTER = 2.0**27 + 1  # Veltkamp's constant: splits a float64 into two halves of 26 bits
 
 
@@ -45,7 +46,11 @@ class Kernel:
         denominator = one_minus_product(self.eigenvalues, other, self.gap)
         if self.horizon is None:
             return 1 / denominator
-        return one_minus_product(self.power, other_power, self.power_gap) / denominator
+        # At 1 both are 0: the series has the limit there, and its derivative.
+        near = denominator.abs() * self.horizon < _NEAR
+        series = self.horizon - self.horizon * (self.horizon - 1) / 2 * denominator
+        numerator = one_minus_product(self.power, other_power, self.power_gap)
+        return torch.where(near, series, numerator / torch.where(near, 1, denominator))
 
 
 def one_minus_product(left: Tensor, right: Tensor, gap: Tensor) -> Tensor:

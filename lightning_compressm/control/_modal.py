@@ -15,6 +15,7 @@ from lightning_compressm.control.system import DiagonalLTI
 __all__ = ["ModalForm", "all_states", "complex_modes", "no_states", "real_modes", "spare_states"]
 
 _ROOT_HALF = math.sqrt(0.5)
+_MARGINAL = 1e-6  # in place of 1 - |lambda|^2 on the unit circle, where there is no variance
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -167,7 +168,8 @@ def spare_states(original: DiagonalLTI, count: int) -> DiagonalLTI:
     quantiles = (torch.arange(count, device=by_radius.device) + 0.5) / count * len(by_radius)
     eigenvalues = by_radius[quantiles.long()]
     rows = _directions(count, original.B)
-    size = (1 - eigenvalues.abs().square()).sqrt().unsqueeze(-1)
+    variance = 1 - eigenvalues.abs().square()
+    size = torch.where(variance > 0, variance, _MARGINAL).sqrt().unsqueeze(-1)
     return DiagonalLTI(
         eigenvalues,
         rows * size / torch.linalg.vector_norm(rows, dim=-1, keepdim=True),

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from lightning_compressm.control._kernel import unit_gap
 from lightning_compressm.control._modal import ModalForm
 from lightning_compressm.control.gramians import impulse_energy
 from lightning_compressm.control.system import DiagonalLTI
@@ -19,13 +20,13 @@ _ROUNDING = 1e-8  # how far outside the unit circle a pole may land by rounding 
 def stabilised(
     form: ModalForm, original: DiagonalLTI, horizon: int | None
 ) -> tuple[ModalForm, bool]:
-    """Clamp radii to the largest original one; tell whether that was more than rounding.
+    """Clamp radii to the largest original one, or to 1; tell whether a better one may exist.
 
     Raises:
         UnstableSystemError: If the horizon is infinite, where theory promises stability.
     """
     eigenvalues = form.system.eigenvalues
-    radius, limit = eigenvalues.abs(), original.eigenvalues.abs().max()
+    radius, limit = eigenvalues.abs(), original.eigenvalues.abs().max().clamp(max=1)
     # A pole ten times closer to the circle than any before would not survive single precision.
     allowed = 1.0 if horizon is None else float(1 - (1 - limit) / 10)
     outside = radius >= allowed
@@ -38,7 +39,9 @@ def stabilised(
             f"{form.system.order}; keep the layer, or choose another order"
         )
     clamped = eigenvalues * torch.where(outside, limit / radius, 1)
-    return replace(form, system=replace(form.system, eigenvalues=clamped)), horizon is not None
+    # On the circle there is no infinite-horizon reduction to compare with.
+    comparable = horizon is not None and bool((unit_gap(original.eigenvalues) > 0).all())
+    return replace(form, system=replace(form.system, eigenvalues=clamped)), comparable
 
 
 def output_error(system: DiagonalLTI, reduced: DiagonalLTI, horizon: int) -> float:

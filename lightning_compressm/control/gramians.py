@@ -52,7 +52,8 @@ def gramians(system: DiagonalLTI, *, horizon: int | None = None) -> tuple[Tensor
 
     Raises:
         NonFiniteError: If a parameter is NaN or infinite.
-        UnstableSystemError: If an eigenvalue is on or outside the unit circle.
+        UnstableSystemError: If an eigenvalue is outside the unit circle, or on it and there is no
+            horizon.
         ValueError: If the horizon is not None and not an integer of at least 1.
 
     Example:
@@ -65,7 +66,7 @@ def gramians(system: DiagonalLTI, *, horizon: int | None = None) -> tuple[Tensor
         >>> P.real.item()
         1.25
     """
-    full = system.check().double()
+    full = system.check(horizon=horizon).double()
     kernel = Kernel(full.eigenvalues, check_horizon(horizon)).hermitian()
     return (full.B @ full.B.mH) * kernel, (full.C.mH @ full.C) * kernel.conj()
 
@@ -86,7 +87,8 @@ def real_gramians(system: DiagonalLTI, *, horizon: int | None = None) -> tuple[T
 
     Raises:
         NonFiniteError: If a parameter is NaN or infinite.
-        UnstableSystemError: If an eigenvalue is on or outside the unit circle.
+        UnstableSystemError: If an eigenvalue is outside the unit circle, or on it and there is no
+            horizon.
         ValueError: If the horizon is not valid, or the system's output is complex.
 
     Example:
@@ -98,7 +100,7 @@ def real_gramians(system: DiagonalLTI, *, horizon: int | None = None) -> tuple[T
                 [0.0000, 0.2667]], dtype=torch.float64)
     """
     system.require_real_output("the real Gramian")
-    full = system.check().double()
+    full = system.check(horizon=horizon).double()
     kernel = Kernel(full.eigenvalues, check_horizon(horizon))
     hermitian, symmetric = kernel.hermitian(), kernel.symmetric()
     return (
@@ -121,7 +123,8 @@ def impulse_energy(system: DiagonalLTI, *, horizon: int | None = None) -> Tensor
 
     Raises:
         NonFiniteError: If a parameter is NaN or infinite.
-        UnstableSystemError: If an eigenvalue is on or outside the unit circle.
+        UnstableSystemError: If an eigenvalue is outside the unit circle, or on it and there is no
+            horizon.
         ValueError: If the horizon is not None and not an integer of at least 1.
 
     Example:
@@ -130,7 +133,7 @@ def impulse_energy(system: DiagonalLTI, *, horizon: int | None = None) -> Tensor
         >>> impulse_energy(DiagonalLTI(torch.tensor([0.5]), one, one), horizon=2)
         tensor(1.2500, dtype=torch.float64)
     """
-    full = system.check().double()
+    full = system.check(horizon=horizon).double()
     kernel = Kernel(full.eigenvalues, check_horizon(horizon))
     p, m = _products(full.B)
     q, s = _products(full.C.mT)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_compressm._precision import back_to, with_cpu_fallback
 from lightning_compressm.control._factors import Gramian
+from lightning_compressm.control._numerical import filled, numerical_part
 from lightning_compressm.control.balance import Balance, BalanceForm, form_of
 from lightning_compressm.control.gramians import check_horizon
 from lightning_compressm.control.system import DiagonalLTI
@@ -36,12 +37,12 @@ class Balancing:
     Attributes:
         system: In double precision, as it was given.
         form: What was balanced.
-        controllability: Factor ``L_P`` with ``P = L_P L_P^H``, shape ``(..., M, M)``; M is 2N for
-            the real form, else N.
-        observability: Factor ``L_Q`` with ``Q = L_Q L_Q^H``, shape ``(..., M, M)``.
-        left: Left singular vectors of ``L_Q^H L_P``, shape ``(..., M, M)``.
+        controllability: Factor ``L_P`` with ``P = L_P L_P^H``, shape ``(..., M, K)``; M is 2N for
+            the real form, else N. K is M, or less for a large system where the rest is rounding.
+        observability: Factor ``L_Q`` with ``Q = L_Q L_Q^H``, shape ``(..., M, J)``.
+        left: Left singular vectors of ``L_Q^H L_P``, as columns, at least as many as matter.
         sigma: Hankel singular values, descending, shape ``(..., M)``.
-        right: Right singular vectors, as columns, shape ``(..., M, M)``.
+        right: Right singular vectors, as columns.
     """
 
     system: DiagonalLTI
@@ -77,8 +78,8 @@ class Factors:
         system: In double precision, with any leading dimensions.
         form: What the Gramians are of.
         horizon: Number of steps, or None.
-        controllability: As in :class:`Balancing`.
-        observability: As in :class:`Balancing`.
+        controllability: ``L_P`` as in :class:`Balancing`, square.
+        observability: ``L_Q``, square.
     """
 
     system: DiagonalLTI
@@ -98,8 +99,13 @@ class Factors:
         """Hankel singular values, without their vectors: half the work."""
         if "balancing" in vars(self):
             return self.balancing.sigma.reshape(*self.system.batch_shape, -1)
-        values: Tensor = torch.linalg.svdvals(self.observability.mH @ self.controllability)
-        return values
+        product = self.observability.mH @ self.controllability
+        numerical = numerical_part(product)
+        if numerical is None:
+            values: Tensor = torch.linalg.svdvals(product)
+            return values
+        rows, columns = numerical
+        return filled(torch.linalg.svdvals(product[rows][:, columns]), len(product))
 
     @cached_property
     def balancing(self) -> Balancing:
@@ -108,8 +114,13 @@ class Factors:
         flat = self.system.each(lambda tensor: tensor.reshape(-1, *tensor.shape[batch:]))
         size = self.controllability.shape[-1]
         l_p, l_q = (f.reshape(-1, size, size) for f in (self.controllability, self.observability))
-        left, sigma, right_h = torch.linalg.svd(l_q.mH @ l_p)
-        return Balancing(flat, self.form, l_p, l_q, left, sigma, right_h.mH)
+        product = l_q.mH @ l_p
+        numerical = numerical_part(product[0]) if len(product) == 1 else None
+        if numerical is not None:
+            rows, columns = numerical
+            product, l_q, l_p = product[:, rows][:, :, columns], l_q[..., rows], l_p[..., columns]
+        left, sigma, right_h = torch.linalg.svd(product, full_matrices=False)
+        return Balancing(flat, self.form, l_p, l_q, left, filled(sigma, size), right_h.mH)
 
 
 def factorise(system: DiagonalLTI, balance: Balance, horizon: int | None) -> Factors:
@@ -117,13 +128,14 @@ def factorise(system: DiagonalLTI, balance: Balance, horizon: int | None) -> Fac
 
     Raises:
         NonFiniteError: If a parameter is NaN or infinite.
-        UnstableSystemError: If an eigenvalue is on or outside the unit circle.
+        UnstableSystemError: If an eigenvalue is outside the unit circle, or on it and there is no
+            horizon.
         ValueError: If ``balance`` or ``horizon`` is not valid for the system.
     """
     form = form_of(balance)
     form.check(system)
     compute = partial(Factors.of, form=form, horizon=check_horizon(horizon))
-    return in_double(compute, system.each(Tensor.detach).check())
+    return in_double(compute, system.each(Tensor.detach).check(horizon=horizon))
 
 
 def hankel_singular_values(
@@ -132,7 +144,8 @@ def hankel_singular_values(
     """Hankel singular values: the square roots of the eigenvalues of ``P Q``, descending.
 
     They are computed as the singular values of ``L_Q^H L_P`` with ``P = L_P L_P^H`` and
-    ``Q = L_Q L_Q^H`` (square-root method; Tombs and Postlethwaite, 1987), in double precision.
+    ``Q = L_Q L_Q^H`` (square-root method; Tombs and Postlethwaite, 1987), in double precision. Of
+    large systems, those below rounding of the largest one (some 1e-15 of it) may be zero.
     First derivatives are available; those of a single value need a gap to its neighbours, those of
     a symmetric function, such as the sum, do not. Values below 1e-14 of the largest get none.
 
@@ -150,7 +163,8 @@ def hankel_singular_values(
 
     Raises:
         NonFiniteError: If a parameter is NaN or infinite.
-        UnstableSystemError: If an eigenvalue is on or outside the unit circle.
+        UnstableSystemError: If an eigenvalue is outside the unit circle, or on it and there is no
+            horizon.
         ValueError: If ``balance`` or ``horizon`` is not valid, or a system with complex outputs is
             to be balanced in another form than "complex".
 
@@ -166,7 +180,8 @@ def hankel_singular_values(
     form = form_of(balance)
     form.check(system)
     compute = partial(_singular_values, form=form, horizon=check_horizon(horizon))
-    return back_to(in_double(compute, system.check()), system.eigenvalues.device)
+    checked = system.check(horizon=horizon)
+    return back_to(in_double(compute, checked), system.eigenvalues.device)
 
 
 def per_state_energy(sigma: Tensor, balance: Balance = "real") -> Tensor:

@@ -13,7 +13,10 @@ from lightning_compressm._precision import double
 from lightning_compressm.control._kernel import unit_gap
 from lightning_compressm.errors import NonFiniteError, UnstableSystemError
 
-__all__ = ["DiagonalLTI"]
+__all__ = ["NOT_INSIDE", "DiagonalLTI"]
+
+NOT_INSIDE = 1 + 2.0**-50  # takes a modulus of 1 to where rounding can't bring it inside the circle
+_MARGINAL = 1e-6  # excess of |lambda|^2 over 1 that is rounding, of single precision too
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,12 +122,16 @@ class DiagonalLTI:
         """Return the system in complex128: on its device, or on the CPU where that has none."""
         return self.each(lambda tensor: double(tensor).to(torch.complex128))
 
-    def check(self) -> DiagonalLTI:
+    def check(self, *, horizon: int | None = None) -> DiagonalLTI:
         """Return the system itself if all is finite and every eigenvalue is inside the unit circle.
+
+        Args:
+            horizon: Number of steps of the Gramians to come; None for infinitely many. With a
+                horizon eigenvalues may be on the circle too, up to rounding in single precision.
 
         Raises:
             NonFiniteError: If a parameter holds NaN or infinity.
-            UnstableSystemError: If an eigenvalue has modulus 1 or more.
+            UnstableSystemError: If an eigenvalue has modulus 1 or more (with a horizon: above 1).
 
         Example:
             >>> import torch
@@ -142,13 +149,19 @@ class DiagonalLTI:
                     "has probably diverged: lower the learning rate or use an earlier checkpoint"
                 )
         eigenvalues = double(self.eigenvalues.detach()).to(torch.complex128)
-        unstable = int((unit_gap(eigenvalues) <= 0).sum())
+        gap = unit_gap(eigenvalues)
+        unstable = int((gap <= 0 if horizon is None else gap < -_MARGINAL).sum())
         if unstable:
+            where, modulus, why = "inside", "1 or more", "Gramians do not exist there"
+            if horizon is not None:
+                where, modulus, why = "inside or on", "above 1", "what is unstable is not reduced"
+            elif not bool((gap < -_MARGINAL).any()):
+                why = "infinite Gramians do not exist there, those of a finite `horizon` do"
             raise UnstableSystemError(
-                f"expected every eigenvalue inside the unit circle, got {unstable} of "
-                f"{eigenvalues.numel()} with modulus 1 or more (largest "
-                f"{float(eigenvalues.abs().max()):.9g}); Gramians do not exist there: keep the "
-                "layer's eigenvalues inside the circle, or leave this layer out"
+                f"expected every eigenvalue {where} the unit circle, got {unstable} of "
+                f"{eigenvalues.numel()} with modulus {modulus} (largest "
+                f"{float(eigenvalues.abs().max()):.9g}); {why}: keep the layer's eigenvalues "
+                f"{where} the circle, or leave this layer out"
             )
         return self
 

@@ -87,7 +87,7 @@ def balanced_truncation(
 
     A time-limited reduction (Gawronski and Juang, 1990) may be unstable. Its radii are then clamped
     to the largest original one, and it is kept only where its output error over the horizon is not
-    above that of the infinite-horizon reduction.
+    above that of the infinite-horizon reduction, if there is one: not with poles on the circle.
 
     Args:
         system: Stable system(s) with N states; leading dimensions are independent systems.
@@ -198,7 +198,7 @@ def _truncate(factors: Factors, job: _Job) -> Reduction:
 
 
 def _reduce_all(balancing: Balancing, job: _Job) -> tuple[list[ModalForm], list[int]]:
-    """Reduce every system; also name those whose poles had to be clamped."""
+    """Reduce every system; also name those with clamped poles, if there is another reduction."""
     forms, unstable = [], []
     for index in range(len(balancing.sigma)):
         form, clamped = _reduce(balancing.single(index), job)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_compressm.control.system import NOT_INSIDE
 from lightning_compressm.nn._discretize import discretize
 
 __all__ = ["to_continuous", "to_discrete"]
@@ -28,7 +29,8 @@ def to_discrete(poles: Tensor, step: Tensor, method: str) -> tuple[Tensor, Tenso
     if method == "bilinear":
         gap = gap / ((1 + decay * step / 2).square() + (poles.imag * step / 2).square())
     on_circle = (1 - gap == 1) & (decay >= 0)
-    eigenvalues = torch.where(on_circle, torch.ones_like(eigenvalues), eigenvalues)
+    phase = eigenvalues / eigenvalues.abs().clamp(min=0.5)
+    eigenvalues = torch.where(on_circle, phase * NOT_INSIDE, eigenvalues)
     return eigenvalues, torch.complex(gain_re, gain_im)
 
 

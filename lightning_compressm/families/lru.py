@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_compressm._precision import double
 from lightning_compressm.control import DiagonalLTI, Reduction
+from lightning_compressm.control.system import NOT_INSIDE
 from lightning_compressm.families._base import Family, tensor_of
 from lightning_compressm.families._matrices import matrix_rules, matrix_values
 from lightning_compressm.families._registry import register_family
@@ -77,7 +78,7 @@ class LRUFamily(Family):
         # Rounding of the phase must not hide that a radius is one.
         on_circle = torch.exp(-decay) == 1
         return DiagonalLTI(
-            eigenvalues=torch.where(on_circle, torch.ones_like(eigenvalues), eigenvalues),
+            eigenvalues=torch.where(on_circle, eigenvalues * NOT_INSIDE, eigenvalues),
             B=gamma[:, None] * _complex(own, "B"),
             C=_complex(own, "C"),
             real_output=True,

@@ -93,15 +93,15 @@ def analyse_linear(
 
     Raises:
         NonFiniteError: if its parameters hold NaN or infinity.
-        UnstableSystemError: if an eigenvalue lies outside the open unit disc.
+        UnstableSystemError: if an eigenvalue is outside the unit circle, or on it without horizon.
     """
     family = layer.family
     assert isinstance(family, Family)
     system = family.system(layer.module)
-    system.check()
+    horizon = _resolve_horizon(policy.horizon, seen.lengths.get(layer.name))
+    system.check(horizon=horizon)
     folds = policy.trained_on and not family.trains_real_poles
     balance = resolve_balance(policy.balance, system, trained_on=folds)
-    horizon = _resolve_horizon(policy.horizon, seen.lengths.get(layer.name))
     with numerics():
         factors = factorise(system, balance, horizon)
         if not spectrum_only and (policy.state_dim or 0) < system.order:

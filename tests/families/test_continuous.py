@@ -70,3 +70,10 @@ def test_a_state_without_decay_is_refused(make: type[S4D | S5], method: str):
         decay.view(-1)[:3] = -80.0
     with pytest.raises(UnstableSystemError, match="modulus 1"):
         family.system(layer).check()
+    with torch.no_grad():
+        decay.view(-1)[:3] = -30.0  # radii that are all but one
+    near = family.system(layer).eigenvalues
+    with torch.no_grad():
+        decay.view(-1)[:3] = -80.0
+    on_circle = family.system(layer).check(horizon=100).eigenvalues
+    torch.testing.assert_close(on_circle, near, rtol=1e-10, atol=1e-10)
