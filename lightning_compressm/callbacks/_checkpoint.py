@@ -20,7 +20,6 @@ from lightning_compressm.surgery.moments import misfit
 __all__ = [
     "CallbackState",
     "check_optimizer_states",
-    "read_sequences",
     "read_spectra",
     "read_state",
 ]
@@ -58,7 +57,7 @@ def read_state(saved: object) -> CallbackState:
         looks=_entry(saved, "looks", _plain.count),
         looked_at_step=_entry(saved, "looked_at_step", _plain.integer),
         epoch=_entry(saved, "epoch", _plain.integer),
-        sequences=_entry(saved, "sequences", read_sequences),
+        sequences=_entry(saved, "sequences", _sequences),
         rollback=_entry(saved, "rollback", _rollback),
         pending=_entry(saved, "pending", _pending),
     )
@@ -70,10 +69,10 @@ def read_spectra(saved: object) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     Raises:
         CheckpointError: naming the entry that is missing or damaged.
     """
-    return _entry(saved, "history", _spectra), _entry(saved, "sequences", read_sequences)
+    return _entry(saved, "history", _spectra), _entry(saved, "sequences", _sequences)
 
 
-def read_sequences(value: Any) -> dict[str, Any]:
+def _sequences(value: Any) -> dict[str, Any]:
     """What is known of the sequences."""
     lengths = _plain.mapping(value["lengths"]).items()
     return {"lengths": {_plain.text(name): _plain.count(length) for name, length in lengths}}

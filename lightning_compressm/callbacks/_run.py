@@ -146,16 +146,12 @@ class ReductionRun:
     def after_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
         """Look and decide if it is time; what is decided waits for :meth:`execute`."""
         due = self.looks.end_epoch(epoch)
-        if not due or not self.guard.allows_reduction:
-            return
-        if self.watch.ready:
+        if due and self.guard.allows_reduction:
             self._look(trainer, pl_module, epoch)
-        else:  # right after a resume: the first batch will tell
-            self.looks.overdue = True
 
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
-        """Decide, unless ``monitor`` has to be validated for the first time before."""
-        if self.guard.waits:
+        """Decide, unless a first validation of ``monitor``, or data, has to come before."""
+        if self.guard.waits or not self.watch.ready:
             self.looks.overdue = True
             return
         step = trainer.global_step

@@ -74,7 +74,7 @@ def decide(
     twins = _twins(layers.values())
     own, processes = list(twins), processes or Processes()
     work = _Work(own, policy, seen or Seen(), seed)
-    alike = {i: not layer.family.needs_data for i, layer in enumerate(own)}
+    alike = _alike(own)
     looked = processes.map(work.look, alike, _told)
     spectra = [None if one.value is None else one.value.sigma for one in looked.values()]
     # Orders steer what is exchanged next, so rounding must not make them differ.
@@ -130,9 +130,8 @@ def measure_spectra(
     """
     own, processes = list(layers.values()), processes or Processes()
     work = _Work(own, policy, seen or Seen(), spectrum_only=True)
-    alike = {i: not layer.family.needs_data for i, layer in enumerate(own)}
     spectra: dict[str, Tensor] = {}
-    for i, outcome in processes.map(work.look, alike, _told).items():
+    for i, outcome in processes.map(work.look, _alike(own), _told).items():
         if outcome.value is not None:
             spectra[own[i].name] = back_to(outcome.value.sigma, own[i].device)
         elif leave_out:
@@ -196,6 +195,11 @@ class _Work:
                 raise IllConditionedError(str(error)) from error
         seconds = look.seconds + time.perf_counter() - start
         return replace(cut, event=replace(cut.event, seconds=seconds))
+
+
+def _alike(layers: Sequence[SSMLayer]) -> dict[int, bool]:
+    """Which layers are the same on all processes: those that need no data."""
+    return {i: not layer.family.needs_data for i, layer in enumerate(layers)}
 
 
 def _result(layer: SSMLayer, outcome: Outcome[Cut], looked: Outcome[_Look]) -> Cut:

@@ -97,6 +97,16 @@ def test_a_training_run_copies_them_from_then_on(tmp_path: Path):
     assert event["output_error"] > 1e-3
 
 
+def test_a_look_in_the_middle_of_an_epoch_waits_for_copies_too(tmp_path: Path):
+    callback = CompreSSMCallback(
+        state_dim=4, layers=["net.first"], window=(0, BATCHES), every_n_steps=3, **QUIET
+    )
+    trainer(tmp_path, callback, max_epochs=2).fit(Spoiling(), loader())
+    first = callback.history[0]
+    assert (first["action"], first["step"]) == ("reduce", 4), "three steps, and one more to copy"
+    assert first["output_error"] > 1e-3
+
+
 class Growing(Classifier):
     """Short sequences first."""
 
