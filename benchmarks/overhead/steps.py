@@ -28,6 +28,7 @@ class Timed(CompreSSMCallback):
         hooks: phase -> seconds of each step spent in the callback.
         steps: phase -> seconds of each step, to the beginning of the next one.
         epochs: phase -> seconds spent in the callback between two epochs.
+        listened: phase -> for each step, the number of layers that were listened to.
     """
 
     def __init__(self, steps: int) -> None:
@@ -43,6 +44,8 @@ class Timed(CompreSSMCallback):
         self.hooks: dict[str, list[float]] = {phase: [] for phase in PHASES}
         self.steps: dict[str, list[float]] = {phase: [] for phase in PHASES}
         self.epochs: dict[str, list[float]] = {phase: [] for phase in PHASES}
+        self.listened: dict[str, list[int]] = {phase: [] for phase in PHASES}
+        self._listening = 0
         self._since = 0.0
         self._spent = 0.0
         self._between = 0.0
@@ -57,9 +60,10 @@ class Timed(CompreSSMCallback):
         start = time.perf_counter()
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._spent += time.perf_counter() - start
-        for module, key, hook in _forward_hooks(pl_module):
-            if id(hook) not in before:
-                module._forward_pre_hooks[key] = self._clocked(hook)
+        added = [found for found in _forward_hooks(pl_module) if id(found[-1]) not in before]
+        for module, key, hook in added:
+            module._forward_pre_hooks[key] = self._clocked(hook)
+        self._listening = len(added)
 
     def on_train_batch_end(self, *arguments: Any) -> None:
         start = time.perf_counter()
@@ -87,6 +91,7 @@ class Timed(CompreSSMCallback):
         elif warm:
             self.hooks[phase].append(self._spent)
             self.steps[phase].append(seconds)
+            self.listened[phase].append(self._listening)
 
     def _clocked(self, hook: Callable[..., Any]) -> Callable[..., Any]:
         def clocked(*arguments: Any) -> Any:
