@@ -14,8 +14,9 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 
-# Set before anything imports matplotlib, and inherited by the processes that tests start.
+# Inherited by the processes that tests start, and set before anything imports matplotlib.
 os.environ["MPLBACKEND"] = "Agg"
+os.environ["OMP_NUM_THREADS"] = "1"  # where forks are made, threads of a pool would be missed
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
 )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from lightning_compressm.nn import S5
 from lightning_compressm.nn._mamba import MambaBlock
 from tests.families.layers import PortedLRU
 
+from ..processes import run_pair
 from .checkpointing import EPOCHS, SETTINGS, Run, make
 from .helpers import BATCHES, Classifier, Plain, StatefulLoader, loader, same, trainer
 from .selective_models import Recall
@@ -247,14 +246,7 @@ def test_between_one_process_and_two(tmp_path: Path):
     """A run of two processes goes on in two to the bit, and in one up to the order of sums."""
     torch.manual_seed(0)
     single = Run(tmp_path / "single", make("adamw"))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.callbacks.checkpoint_worker", str(tmp_path)],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    run_pair("checkpoint_worker", tmp_path)
     for rank in (0, 1):
         two, resumed, from_one = (
             torch.load(tmp_path / f"{case}.{rank}.pt") for case in ("two", "resumed", "from_one")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from ..processes import run_pair
 from .ddp_worker import run
 
 CASES = [
@@ -27,6 +28,7 @@ CASES = [
 
 
 def _launch(out: Path, *cases: str) -> None:
+    """As users start them: Lightning runs the program again for the second rank."""
     command = [sys.executable, "-m", "tests.callbacks.ddp_worker", str(out), *cases]
     try:
         done = subprocess.run(
@@ -82,7 +84,7 @@ def test_compressed_gradients_start_anew_after_a_reduction(results: Path) -> Non
 
 
 def test_failure_on_one_rank_stops_all_and_changes_nothing(tmp_path: Path) -> None:
-    _launch(tmp_path, "failing")
+    run_pair("ddp_worker", tmp_path, "failing")
     first, second = (_load(tmp_path, "failing", rank) for rank in (0, 1))
     assert first["error"].startswith("OtherRankError")
     assert second["error"].startswith("UnsupportedOptimizerError")

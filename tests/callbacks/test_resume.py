@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_compressm import CompreSSMCallback, load_compressed
 
+from ..processes import run_one
 from .helpers import BATCHES, Classifier, StatefulLoader, loader, same, trainer
 from .resume_worker import SETTINGS
 
@@ -108,20 +107,8 @@ def test_a_resumed_accumulation_is_no_optimizer_step(tmp_path: Path) -> None:
 
 def test_resume_in_a_fresh_process(uninterrupted: Uninterrupted, tmp_path: Path) -> None:
     step = 2 * BATCHES
-    command = [sys.executable, "-m", "tests.callbacks.resume_worker"]
-    arguments = [
-        str(uninterrupted.checkpoint("epoch", step)),
-        str(tmp_path / "out.pt"),
-        str(EPOCHS),
-    ]
-    done = subprocess.run(
-        command + arguments,
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    checkpoint = uninterrupted.checkpoint("epoch", step)
+    run_one("resume_worker", checkpoint, tmp_path / "out.pt", EPOCHS)
     fresh = torch.load(tmp_path / "out.pt", weights_only=True)
     assert fresh["losses"] == uninterrupted.model.losses[step:]
     assert same(fresh["state_dict"], uninterrupted.model.state_dict())

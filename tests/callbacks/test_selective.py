@@ -13,9 +13,10 @@ from lightning_compressm import CompreSSMCallback
 from lightning_compressm.errors import CalibrationError
 from lightning_compressm.nn._mamba import MambaBlock
 
+from ..processes import run_pair
 from . import helpers, selective_models
 from .helpers import BATCHES, Classifier, Plain, StatefulLoader, trainer
-from .test_ddp import _launch, _load
+from .test_ddp import _load
 
 KINDS = {"mamba": "mamba_ssm", "mamba2": "mamba_ssm", "transformers": "transformers"}
 
@@ -133,7 +134,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory, mamba_ssm_on_cpu: None) 
     for kind in KINDS:
         _need(kind)
     out = tmp_path_factory.mktemp("selective")
-    _launch(out, *(f"selective/{kind}" for kind in KINDS))
+    run_pair("ddp_worker", out, *(f"selective/{kind}" for kind in KINDS))
     return out
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import warnings
 from functools import cache
 from pathlib import Path
@@ -14,9 +12,9 @@ import torch
 
 from lightning_compressm import CompreSSMCallback
 
+from ...processes import run_pair, start_pair
 from ..helpers import BATCHES, Classifier, loader, same, trainer
 from .catalogue import BREAKING, FAULTS, LINEAR, REWRAP, WHERE, Fault, Injection, Where, fits
-from .processes import ROOT, start_pair, wait
 from .worker import SETUPS, run
 
 CASES = [(fault, where) for where in WHERE for fault in FAULTS if fits(fault, where)]
@@ -82,10 +80,7 @@ def test_one_process(fault: Fault, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def launch(out: Path, timeout: float, *cases: str) -> None:
     """Run cases in one pair of processes."""
-    command = [sys.executable, "-m", "tests.callbacks.faults.worker", str(out), str(timeout)]
-    command += ["raise", *cases]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=580)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    run_pair("faults.worker", out, timeout, "raise", *cases, timeout=580)
 
 
 def _load(out: Path, case: str) -> list[dict[str, Any]]:
@@ -150,8 +145,8 @@ def test_a_swap_that_failed_is_not_judged(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("fault", "where"), BREAKING, ids=_id)
 def test_one_rank_fails_during_an_exchange(fault: Fault, where: Where, tmp_path: Path) -> None:
     """The other rank waits for it; when the failed one ends, it stops with an error as well."""
-    pair = start_pair("worker", tmp_path, 120, "raise", f"{where}/{fault.name}")
-    for status, output in [wait(process) for process in pair]:
+    pair = start_pair("faults.worker", tmp_path, 120, "raise", f"{where}/{fault.name}")
+    for status, output in [process.wait() for process in pair]:
         assert status == 7, output
     results = _load(tmp_path, f"{where}/{fault.name}")
     for rank, here in enumerate(results):

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from ...processes import start, start_pair
 from ..helpers import BATCHES, same
 from .catalogue import LINEAR, REWRAP, SELECTIVE, SWAP, Fault
-from .processes import start, start_pair, wait
 from .signal_worker import EPOCHS, train
 from .worker import run
 
@@ -69,8 +69,8 @@ def test_a_rank_that_dies_ends_the_other_within_seconds(
     stage: str, end: str, rank: int, tmp_path: Path
 ) -> None:
     case = f"rank {rank}/{STAGES[stage].name}"
-    pair = start_pair("worker", tmp_path, 600, end, case)
-    ended = [wait(process, 120) for process in pair]
+    pair = start_pair("faults.worker", tmp_path, 600, end, case)
+    ended = [process.wait(120) for process in pair]
     status = {"kill": -signal.SIGKILL, "exit": 3, "interrupt": 7, "system-exit": 7}[end]
     assert ended[rank][0] == status, ended[rank][1]
     assert ended[1 - rank][0] == 7, ended[1 - rank][1]
@@ -80,12 +80,11 @@ def test_a_rank_that_dies_ends_the_other_within_seconds(
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["statistics", "swap"])
 def test_a_rank_that_hangs_ends_the_other_after_the_timeout(stage: str, tmp_path: Path) -> None:
-    pair = start_pair("worker", tmp_path, 10, "stop", f"rank 1/{STAGES[stage].name}")
+    pair = start_pair("faults.worker", tmp_path, 10, "stop", f"rank 1/{STAGES[stage].name}")
     try:
-        status, output = wait(pair[0], 120)
+        status, output = pair[0].wait(120)
     finally:
         pair[1].kill()
-        pair[1].communicate()
     assert status == 7, output
     found = _survivor(tmp_path, stage, 1)
     assert "ExchangeError" in found["error"]
@@ -97,8 +96,8 @@ def test_a_rank_that_hangs_ends_the_other_after_the_timeout(stage: str, tmp_path
 def test_sigterm_on_ranks(where: str, tmp_path: Path) -> None:
     """Lightning's handler exchanges: if not all ranks are at the same point, they time out."""
     fault = STAGES["statistics"]
-    pair = start_pair("worker", tmp_path, 10, "terminate", f"{where}/{fault.name}")
-    for status, output in [wait(process, 120) for process in pair]:
+    pair = start_pair("faults.worker", tmp_path, 10, "terminate", f"{where}/{fault.name}")
+    for status, output in [process.wait(120) for process in pair]:
         assert status == 7, output
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{where}--{fault.name}.{rank}.pt")
@@ -131,7 +130,7 @@ def _undisturbed(stage: str, tmp: Path) -> dict[str, Any]:
 def test_a_run_that_was_ended_resumes_bitwise(
     stage: str, end: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    status, output = wait(start("signal_worker", tmp_path, end, STAGES[stage].name))
+    status, output = start("faults.signal_worker", tmp_path, end, STAGES[stage].name).wait()
     assert status == (-signal.SIGKILL if end == "kill" else 0), output
     whole = _undisturbed(stage, tmp_path_factory.getbasetemp())
     assert {event["action"] for event in whole["history"]} == {"reduce"}

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from ...processes import run_one, run_pair
 from . import cells, checks
 from .cells import Cell, key
 from .run import eager, run
 
-ROOT = Path(__file__).parents[3]
 HEAVY = 1200  # seconds for a launch that many cells share, on a busy machine
 
 
@@ -75,18 +72,17 @@ def launched(
     def launch(cell: Cell) -> Path:
         if key(cell) not in done:
             alike = [key(c) for c in chosen if c["strategy"] == cell["strategy"]]
-            _launch(out, alike)
+            _launch(out, cell["strategy"], alike)
             done.update(alike)
         return out / key(cell)
 
     return launch
 
 
-def _launch(out: Path, keys: list[str]) -> None:
-    command = [sys.executable, "-m", "tests.callbacks.matrix.worker", str(out), *keys]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=HEAVY)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+def _launch(out: Path, strategy: str, keys: list[str]) -> None:
+    # Forked and spawned pairs belong to a Trainer, in one process.
+    start = run_pair if strategy == "ddp" else run_one
+    start("matrix.worker", out, *keys, timeout=HEAVY)
 
 
 @pytest.mark.timeout(HEAVY)

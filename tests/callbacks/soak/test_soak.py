@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from ...processes import start_pair
 from .plan import CHOICES, DDP, LAYERS, LINEAR, OPTIMIZERS, TARGETS, plan
 from .run import Figures, Regression, growth, run
 from .watch import digest
@@ -19,14 +18,12 @@ from .watch import digest
 REDUCTIONS = 300
 
 
-def _launch(out: Path, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
-    command = [sys.executable, "-m", "tests.callbacks.soak", "--json", str(out), *arguments]
-    done = subprocess.run(
-        command, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=840
-    )
-    print(done.stdout)
-    assert out.exists(), done.stdout[-3000:] + done.stderr[-5000:]
-    return done.returncode, json.loads(out.read_text())
+def _launch(out: Path, *arguments: str) -> tuple[int | None, list[dict[str, Any]]]:
+    pair = start_pair("soak.__main__", "--json", out, *arguments)
+    ended = [process.wait(840) for process in pair]
+    print(*ended)
+    assert out.exists(), ended
+    return ended[0][0], json.loads(out.read_text())
 
 
 @pytest.mark.slow
