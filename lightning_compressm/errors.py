@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 __all__ = [
     "CalibrationError",
     "CheckpointError",
@@ -13,6 +16,7 @@ __all__ = [
     "UnsupportedLayerError",
     "UnsupportedOptimizerError",
     "UnsupportedStrategyError",
+    "about",
 ]
 
 
@@ -54,3 +58,22 @@ class CalibrationError(CompreSSMError, ValueError):
 
 class CheckpointError(CompreSSMError, RuntimeError):
     """A checkpoint can't be read, or does not fit the model."""
+
+
+@contextmanager
+def about(what: object) -> Iterator[None]:
+    """Errors from here say what they are about.
+
+    Example:
+        >>> try:
+        ...     with about("layer 'lru'"):
+        ...         raise NonFiniteError("eigenvalues: NaN")
+        ... except NonFiniteError as error:
+        ...     error.__notes__
+        ["layer 'lru'"]
+    """
+    try:
+        yield
+    except (CompreSSMError, ValueError) as error:
+        error.add_note(str(what))
+        raise

@@ -6,13 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compressm.control import hankel_singular_values
-from lightning_compressm.errors import UnsupportedLayerError
+from lightning_compressm.control.balance import BalanceChoice, resolve_balance
+from lightning_compressm.errors import UnsupportedLayerError, about
 from lightning_compressm.families import Family
 from lightning_compressm.families._base import tensor_of
 from lightning_compressm.model.layers import SSMLayer, select_layers
-from lightning_compressm.reduction.failures import about
-from lightning_compressm.reduction.linear import resolve_balance
-from lightning_compressm.reduction.policy import BalanceChoice
 
 __all__ = ["HankelRegularizer"]
 

@@ -23,7 +23,17 @@ NAME = "lightning_compressm"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Lowest first: whoever lives on a floor knows those below, and nobody beside.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("__about__", "errors", "_plain", "_precision", "_rules", "plot"),
+    (
+        "__about__",
+        "errors",
+        "_averages",
+        "_plain",
+        "_precision",
+        "_rules",
+        "_undo",
+        "plot",
+    ),
+    ("_tensors",),
     ("control", "nn", "surgery"),
     ("families", "compat"),
     ("model",),

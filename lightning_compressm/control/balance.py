@@ -13,10 +13,21 @@ from lightning_compressm.control._modal import ModalForm, complex_modes, real_mo
 from lightning_compressm.control.gramians import gramians, real_gramians
 from lightning_compressm.control.system import DiagonalLTI
 
-__all__ = ["BALANCES", "Balance", "BalanceForm", "form_of", "register_balance"]
+__all__ = [
+    "BALANCES",
+    "Balance",
+    "BalanceChoice",
+    "BalanceForm",
+    "form_of",
+    "register_balance",
+    "resolve_balance",
+]
 
 Balance = Literal["real", "folded", "complex"]
 """The forms that the package brings."""
+
+BalanceChoice = Literal["auto", Balance]
+"""What users may ask for."""
 
 
 class BalanceForm(ABC):
@@ -187,3 +198,19 @@ class Complex(_ComplexState):
 
     name = "complex"
     real_output = False
+
+
+def resolve_balance(
+    balance: BalanceChoice, system: DiagonalLTI, *, trained_on: bool = False
+) -> Balance:
+    """The form that "auto" stands for.
+
+    Balancing the real system is the most accurate; but its real poles are states that training
+    can't make complex again (their phase has no gradient). So a layer that is trained further is
+    balanced in the folded form, which leaves complex states only.
+    """
+    if balance != "auto":
+        return balance
+    if not system.real_output:
+        return "complex"
+    return "folded" if trained_on else "real"

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_compressm._tensors import refuse_parametrized
 from lightning_compressm.control import DiagonalLTI, Projection, Reduction
-from lightning_compressm.surgery.apply import refuse_parametrized
 from lightning_compressm.surgery.plan import MomentRule, Refill, SurgeryPlan, TensorEdit, take
 
 __all__ = ["Family", "FamilyBase"]

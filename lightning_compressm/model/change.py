@@ -8,7 +8,9 @@ from contextlib import ExitStack
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_compressm.model.copies import averages_inside, find_copies
+from lightning_compressm._averages import averages_inside
+from lightning_compressm._undo import all_or_nothing
+from lightning_compressm.model.copies import find_copies
 from lightning_compressm.surgery.apply import apply_plan
 from lightning_compressm.surgery.optimizer import (
     OptimizerStatePolicy,
@@ -16,7 +18,6 @@ from lightning_compressm.surgery.optimizer import (
     rebind_optimizers,
 )
 from lightning_compressm.surgery.plan import SurgeryPlan
-from lightning_compressm.surgery.undo import all_or_nothing
 
 __all__ = ["change"]
 

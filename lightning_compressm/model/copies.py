@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from lightning_compressm._averages import averages_inside, inside_average
 from lightning_compressm.errors import UnsupportedLayerError
 from lightning_compressm.families import find_family, named_layers
 from lightning_compressm.surgery.plan import SurgeryPlan
 
-__all__ = ["ModelCopy", "averages_inside", "find_copies", "inside_average"]
+__all__ = ["ModelCopy", "find_copies"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +50,7 @@ class ModelCopy:
                     "weights follows; expected its plan to have `projections`. Let the family's "
                     "reduction_plan() extend that of Family, or leave weight averaging out."
                 )
-        plans = [SurgeryPlan({}, dict(self._attributes(plan)))]
+        plans = [("", SurgeryPlan({}, dict(self._attributes(plan))))]
         for layer, projection in plan.projections.items():
             if not _inside(layer, self.path):
                 continue
@@ -61,7 +62,7 @@ class ModelCopy:
                     f"the averaged copy of '{layer}' is a {type(module).__name__} that no family "
                     "knows; expected the same layer as in the model. Leave weight averaging out."
                 )
-            plans.append(family.projected_plan(module, projection).prefixed(inner))
+            plans.append((inner, family.projected_plan(module, projection)))
         return SurgeryPlan.merge(plans)
 
     def _attributes(self, plan: SurgeryPlan) -> Iterator[tuple[str, object]]:
@@ -97,26 +98,6 @@ def find_copies(model: nn.Module, candidates: Iterable[object]) -> list[ModelCop
         if path is not None:
             copies.append(ModelCopy(root, mirror, path))
     return copies
-
-
-def averages_inside(model: nn.Module) -> list[AveragedModel]:
-    """Every ``AveragedModel`` below the root of ``model``.
-
-    Example:
-        >>> len(averages_inside(nn.ModuleList([AveragedModel(nn.Linear(2, 2))])))
-        1
-    """
-    return [m for m in model.modules() if isinstance(m, AveragedModel) and m is not model]
-
-
-def inside_average(model: nn.Module) -> set[int]:
-    """Ids of the modules that belong to an ``AveragedModel`` below the root of ``model``.
-
-    Example:
-        >>> inside_average(nn.Linear(2, 2))
-        set()
-    """
-    return {id(module) for average in averages_inside(model) for module in average.modules()}
 
 
 def _original(model: nn.Module, mirror: nn.Module) -> str | None:

@@ -11,12 +11,12 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
+from lightning_compressm._averages import inside_average
+from lightning_compressm._tensors import replaceable
 from lightning_compressm.errors import CompreSSMError, UnsupportedLayerError
 from lightning_compressm.families import find_family, named_layers, registered_families
 from lightning_compressm.families._base import FamilyBase, tensor_of
 from lightning_compressm.families._refused import refusal_reason
-from lightning_compressm.model.copies import inside_average
-from lightning_compressm.surgery.apply import check_replaceable
 
 __all__ = ["SSMLayer", "find_ssm_layers", "select_layers"]
 
@@ -42,6 +42,10 @@ class SSMLayer:
     module: nn.Module
     family: FamilyBase
 
+    def __str__(self) -> str:
+        """Its name and kind, as errors have them."""
+        return f"layer '{self.name}' ({self.family.name})"
+
     @property
     def state_dim(self) -> int:
         """The current state dimension N."""
@@ -51,12 +55,6 @@ class SSMLayer:
     def device(self) -> torch.device:
         """Where the layer's tensors are."""
         return next(self.module.parameters()).device
-
-    @property
-    def tensor_ids(self) -> frozenset[int]:
-        """Ids of the tensors that have a state dimension; equal for layers that share them."""
-        tensors = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
-        return frozenset(id(tensors[name]) for name in self.family.state_axes(self.module))
 
     def on_cpu(self) -> SSMLayer:
         """The same layer, copied tensor by tensor: a copy on its device would need room there."""
@@ -166,7 +164,8 @@ def select_layers(
 def _refuse_irreplaceable(layers: Iterable[SSMLayer]) -> None:
     for layer in layers:
         try:
-            check_replaceable(layer.module, layer.family.state_axes(layer.module))
+            for name in layer.family.state_axes(layer.module):
+                replaceable(layer.module, name)
         except CompreSSMError as error:
             raise UnsupportedLayerError(f"'{layer.name}' can't be reduced: {error}") from error
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_compressm._undo import all_or_nothing
 from lightning_compressm.errors import CheckpointError
 from lightning_compressm.model.picture import ModelPicture
 from lightning_compressm.model.resizing import install_resize_hooks, resize_all_plan
@@ -18,7 +19,6 @@ from lightning_compressm.nn._resize import lost_parts
 from lightning_compressm.surgery.apply import Replacement, apply_plan
 from lightning_compressm.surgery.optimizer import checked_optimizers, rebind_optimizers
 from lightning_compressm.surgery.plan import TensorEdit
-from lightning_compressm.surgery.undo import all_or_nothing
 
 __all__ = ["load_compressed"]
 

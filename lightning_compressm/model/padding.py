@@ -63,10 +63,11 @@ def pad_state_dim(model: ModuleT, state_dim: int | None = None) -> ModuleT:
         _check(state_dim, {path: f.state_dim(m) for path, (m, f) in layers.items()})
     wanted = {p: state_dim or largest[family.name] for p, (_, family) in layers.items()}
     plans = [
-        _padding_plan(path, module, family, wanted[path])
+        (path, _padding_plan(path, module, family, wanted[path]))
         for path, (module, family) in layers.items()
     ]
-    apply_plan(model, SurgeryPlan.merge([*plans, SurgeryPlan({}, model_attributes(model, wanted))]))
+    plans.append(("", SurgeryPlan({}, model_attributes(model, wanted))))
+    apply_plan(model, SurgeryPlan.merge(plans))
     return model
 
 
@@ -105,7 +106,7 @@ def _padding_plan(
         if name in dict(module.named_parameters()) and name.rpartition(".")[2] != "A_log":
             value[_is_new(value, *old[name])] = 0
         edits[name] = TensorEdit(value)
-    return SurgeryPlan(edits, plan.attributes).prefixed(path)
+    return SurgeryPlan(edits, plan.attributes)
 
 
 def _is_new(value: Tensor, dim: int, old: Tensor) -> Tensor:

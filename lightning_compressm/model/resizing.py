@@ -165,11 +165,11 @@ def resize_all_plan(model: nn.Module, state_dict: Mapping[str, Any], prefix: str
         inner = f"{prefix}{name}." if name else prefix
         plan, state_dim = _resize_plan(module, family, saved_tensors(state_dict, inner))
         if plan:
-            plans.append(plan.prefixed(name))
+            plans.append((name, plan))
             state_dims[name] = state_dim
     if not plans:
         return SurgeryPlan()
-    return SurgeryPlan.merge([*plans, SurgeryPlan({}, model_attributes(model, state_dims))])
+    return SurgeryPlan.merge([*plans, ("", SurgeryPlan({}, model_attributes(model, state_dims)))])
 
 
 _NOTHING: tuple[SurgeryPlan, int] = (SurgeryPlan(), 0)

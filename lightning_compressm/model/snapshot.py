@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_compressm import _plain
+from lightning_compressm._undo import all_or_nothing
 from lightning_compressm.errors import SurgeryError
 from lightning_compressm.model.resizing import resize_all_plan
 from lightning_compressm.surgery.apply import Replacement, apply_plan
 from lightning_compressm.surgery.optimizer import rebind_optimizers
 from lightning_compressm.surgery.plan import SurgeryPlan, TensorEdit
-from lightning_compressm.surgery.undo import all_or_nothing
 
 __all__ = ["Snapshot"]
 

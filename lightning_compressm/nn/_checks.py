@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 __all__ = [
-    "check_choice",
     "check_dtype",
     "check_inputs",
     "check_size",
@@ -34,12 +32,6 @@ def check_time_steps(dt_min: float, dt_max: float) -> None:
     """Raise ``ValueError`` unless 0 < dt_min <= dt_max, both finite."""
     if not 0 < dt_min <= dt_max < math.inf:
         raise ValueError(f"steps must satisfy 0 < dt_min <= dt_max, got {dt_min} and {dt_max}")
-
-
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Raise ``ValueError`` unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_inputs(layer: str, inputs: Tensor, expected: str, d_model: int) -> None:

@@ -9,12 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_compressm.errors import (
-    CheckpointError,
-    NonFiniteError,
-    SurgeryError,
-    UnsupportedLayerError,
-)
+from lightning_compressm._tensors import new_like, replaceable, tell_of_hooks
+from lightning_compressm.errors import CheckpointError, SurgeryError
 
 __all__ = ["ResizableLayer", "lost_parts", "resize_to_checkpoint", "saved_tensors", "tensors_in"]
 
@@ -110,13 +106,14 @@ def _resize(layer: ResizableLayer, current: Mapping[str, Tensor], states: int) -
     """
     replacements: dict[int, Tensor] = {}
     for name, old in current.items():
-        _refuse_irreplaceable(name, old)
-        new = _with_states(name, old, layer.state_axes[name], states)
+        new = _with_states(replaceable(layer, name), layer.state_axes[name], states)
+        new = new_like(name, old, new)
         if replacements.setdefault(id(old), new).shape != new.shape:
             raise SurgeryError(
                 f"'{name}' shares its tensor with another one that has its states along another "
                 f"axis, so the layer can't take {states} states. Untie the two."
             )
+    tell_of_hooks((name, replacements[id(old)]) for name, old in current.items())
     name = next(iter(current))
     if layer.d_state == current[name].shape[layer.state_axes[name]]:
         layer.d_state = states
@@ -128,25 +125,9 @@ def _resize(layer: ResizableLayer, current: Mapping[str, Tensor], states: int) -
             )
 
 
-def _refuse_irreplaceable(name: str, tensor: Tensor) -> None:
-    plain = type(tensor) in (nn.Parameter, Tensor, nn.Buffer)
-    if not plain or tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
-        what = "hooks" if plain else f"type {type(tensor).__name__}"
-        raise UnsupportedLayerError(
-            f"'{name}' has {what}; expected a plain nn.Parameter without hooks, since they can't "
-            "be moved to a new one. Remove them before loading another number of states."
-        )
-
-
-def _with_states(name: str, old: Tensor, axis: int, states: int) -> Tensor:
+def _with_states(old: Tensor, axis: int, states: int) -> Tensor:
     index = torch.arange(states, device=old.device).clamp_(max=old.shape[axis] - 1)
-    new = old.detach().index_select(axis, index)
-    if not new.is_meta and not torch.isfinite(new).all():
-        raise NonFiniteError(f"'{name}': the layer holds NaN or infinity; nothing was changed.")
-    if isinstance(old, nn.Parameter):
-        new = nn.Parameter(new, requires_grad=old.requires_grad)
-        new.__dict__.update(old.__dict__)
-    return new
+    return old.detach().index_select(axis, index)
 
 
 def lost_parts(module: nn.Module, saved: Mapping[str, Any], prefix: str) -> Iterator[str]:

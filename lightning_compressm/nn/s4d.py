@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compressm._precision import wide_dtype
+from lightning_compressm._rules import one_of
 from lightning_compressm.nn._autocast import full_precision
 from lightning_compressm.nn._bank import bank_chunk, chunked_bank
 from lightning_compressm.nn._checks import (
-    check_choice,
     check_dtype,
     check_inputs,
     check_size,
@@ -102,8 +102,8 @@ class S4D(ResizableLayer):
         check_size("d_model", d_model)
         check_size("d_state", d_state)
         check_time_steps(dt_min, dt_max)
-        check_choice("discretization", discretization, DISCRETIZATIONS)
-        check_choice("init", init, get_args(Init))
+        one_of(*DISCRETIZATIONS).check("discretization", discretization)
+        one_of(*get_args(Init)).check("init", init)
         check_dtype(dtype)
         self.d_model, self.d_state = d_model, d_state
         self.dt_min, self.dt_max = dt_min, dt_max

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compressm._precision import wide_dtype
+from lightning_compressm._rules import one_of
 from lightning_compressm.nn._autocast import full_precision
 from lightning_compressm.nn._checks import (
-    check_choice,
     check_dtype,
     check_inputs,
     check_size,
@@ -100,7 +100,7 @@ class S5(ResizableLayer):
         if d_state % blocks:
             raise ValueError(f"blocks must divide d_state = {d_state}, got {blocks}")
         check_time_steps(dt_min, dt_max)
-        check_choice("discretization", discretization, DISCRETIZATIONS)
+        one_of(*DISCRETIZATIONS).check("discretization", discretization)
         check_dtype(dtype)
         self.d_model, self.d_state = d_model, d_state
         self.dt_min, self.dt_max, self.blocks = dt_min, dt_max, blocks

@@ -16,13 +16,13 @@ from lightning_compressm.errors import (
     IllConditionedError,
     NonFiniteError,
     UnstableSystemError,
+    about,
 )
 from lightning_compressm.model.layers import SSMLayer
 from lightning_compressm.reduction import linear, selective  # noqa: F401 (the kinds of layers)
 from lightning_compressm.reduction.analysis import Analysis, Cut, analyse
 from lightning_compressm.reduction.decision import Decision, Twins
 from lightning_compressm.reduction.events import LayerEvent
-from lightning_compressm.reduction.failures import about
 from lightning_compressm.reduction.order import Order, choose_orders, level_orders
 from lightning_compressm.reduction.policy import ReductionPolicy
 from lightning_compressm.reduction.processes import Outcome, Processes
@@ -217,12 +217,18 @@ def _left_alone(layer: SSMLayer, why: str) -> Cut:
 
 
 def _warn(layer: SSMLayer, why: str) -> None:
-    message = f"layer '{layer.name}' ({layer.family.name}) is left as it is: {why}"
+    message = f"{layer} is left as it is: {why}"
     warnings.warn(message, stacklevel=4)
 
 
 def _twins(layers: Iterable[SSMLayer]) -> Twins:
     found: dict[frozenset[int], list[SSMLayer]] = {}
     for layer in layers:
-        found.setdefault(layer.tensor_ids, []).append(layer)
+        found.setdefault(_state_tensors(layer), []).append(layer)
     return {first: others for first, *others in found.values()}
+
+
+def _state_tensors(layer: SSMLayer) -> frozenset[int]:
+    """Ids of the tensors that have a state dimension; equal for layers that share them."""
+    tensors = dict(layer.module.named_parameters()) | dict(layer.module.named_buffers())
+    return frozenset(id(tensors[name]) for name in layer.family.state_axes(layer.module))

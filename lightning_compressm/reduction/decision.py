@@ -44,15 +44,15 @@ class Decision:
         model: nn.Module, twins: Twins, cuts: Sequence[Cut], spectra: Mapping[str, Tensor]
     ) -> Decision:
         """What cuts of the layers come to, with all that follows them elsewhere in the model."""
-        plans: list[SurgeryPlan] = []
+        plans: list[tuple[str, SurgeryPlan]] = []
         orders: dict[str, int] = {}
         for (layer, others), cut in zip(twins.items(), cuts, strict=True):
             orders[layer.path] = order = cut.event.new_state_dim
             if cut.plan:
-                plans.append(cut.plan.prefixed(layer.path))
-                plans += (_twin_plan(other, order) for other in others)
+                plans.append((layer.path, cut.plan))
+                plans += ((other.path, _twin_plan(other, order)) for other in others)
         if plans:
-            plans.append(SurgeryPlan({}, model_attributes(model, orders)))
+            plans.append(("", SurgeryPlan({}, model_attributes(model, orders))))
         return Decision(SurgeryPlan.merge(plans), [cut.event for cut in cuts], spectra)
 
     def at(self, step: int, epoch: int) -> Decision:
@@ -97,5 +97,4 @@ class Decision:
 
 def _twin_plan(layer: SSMLayer, order: int) -> SurgeryPlan:
     """What is left to do for a layer whose tensors are another one's."""
-    attributes = layer.family.attributes(layer.module, order)
-    return SurgeryPlan({}, attributes).prefixed(layer.path)
+    return SurgeryPlan({}, layer.family.attributes(layer.module, order))

@@ -13,9 +13,8 @@ from enum import IntEnum
 import torch
 
 from lightning_compressm.errors import CompreSSMError, IllConditionedError
-from lightning_compressm.model.layers import SSMLayer
 
-__all__ = ["LinAlgError", "Reach", "TroubleError", "about", "describe", "numerics", "reach_of"]
+__all__ = ["LinAlgError", "Reach", "TroubleError", "describe", "numerics", "reach_of"]
 
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
@@ -72,16 +71,6 @@ def describe(error: BaseException) -> str:
     said = ": ".join([type(error).__name__, *lines[:1]])
     notes = ", ".join(getattr(error, "__notes__", ()))
     return f"{said} ({notes})" if notes else said
-
-
-@contextmanager
-def about(layer: SSMLayer) -> Iterator[None]:
-    """Errors from here say which layer they are about."""
-    try:
-        yield
-    except (CompreSSMError, ValueError) as error:
-        error.add_note(f"layer '{layer.name}' ({layer.family.name})")
-        raise
 
 
 @contextmanager

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 
 from lightning_compressm._precision import back_to
-from lightning_compressm.control import DiagonalLTI, Reduction, per_state_energy
-from lightning_compressm.control.balance import Balance
+from lightning_compressm.control import Reduction, per_state_energy
+from lightning_compressm.control.balance import resolve_balance
 from lightning_compressm.control.hankel import Factors, factorise
 from lightning_compressm.control.truncation import truncate
 from lightning_compressm.families import Family
@@ -17,11 +17,11 @@ from lightning_compressm.reduction.analysis import Analysis, Cut, analyses
 from lightning_compressm.reduction.events import LayerEvent
 from lightning_compressm.reduction.failures import numerics
 from lightning_compressm.reduction.order import Order
-from lightning_compressm.reduction.policy import BalanceChoice, HorizonChoice, ReductionPolicy
+from lightning_compressm.reduction.policy import HorizonChoice, ReductionPolicy
 from lightning_compressm.reduction.processes import Processes
 from lightning_compressm.reduction.recorder import Seen
 
-__all__ = ["LinearAnalysis", "analyse_linear", "resolve_balance"]
+__all__ = ["LinearAnalysis", "analyse_linear"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,22 +108,6 @@ def analyse_linear(
             _ = factors.balancing  # gives the spectrum as well, so that it isn't computed twice
         energy = per_state_energy(back_to(factors.sigma, system.eigenvalues.device), balance)
     return LinearAnalysis(layer, energy, family, factors)
-
-
-def resolve_balance(
-    balance: BalanceChoice, system: DiagonalLTI, *, trained_on: bool = False
-) -> Balance:
-    """The form that "auto" stands for.
-
-    Balancing the real system is the most accurate; but its real poles are states that training
-    can't make complex again (their phase has no gradient). So a layer that is trained further is
-    balanced in the folded form, which leaves complex states only.
-    """
-    if balance != "auto":
-        return balance
-    if not system.real_output:
-        return "complex"
-    return "folded" if trained_on else "real"
 
 
 def _resolve_horizon(horizon: HorizonChoice, length: int | None) -> int | None:

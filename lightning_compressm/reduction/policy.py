@@ -17,13 +17,12 @@ from lightning_compressm._rules import (
     one_of,
     optional,
 )
-from lightning_compressm.control.balance import BALANCES, Balance
+from lightning_compressm.control.balance import BALANCES, BalanceChoice
 from lightning_compressm.control.criteria import CRITERIA
 from lightning_compressm.control.truncation import Selection
 
 __all__ = ["BalanceChoice", "HorizonChoice", "ReductionPolicy", "Selection"]
 
-BalanceChoice = Literal["auto", Balance]
 HorizonChoice = int | Literal["auto"] | None
 
 DEFAULT_TOLERANCE = 0.05

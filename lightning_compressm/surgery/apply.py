@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from lightning_compressm.errors import NonFiniteError, SurgeryError, UnsupportedLayerError
+from lightning_compressm._tensors import new_like, replaceable, tell_of_hooks
+from lightning_compressm._undo import all_or_nothing
+from lightning_compressm.errors import SurgeryError
 from lightning_compressm.surgery.plan import SurgeryPlan, TensorEdit
-from lightning_compressm.surgery.undo import all_or_nothing
 
-__all__ = ["Replacement", "apply_plan", "check_replaceable"]
+__all__ = ["Replacement", "apply_plan"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +69,7 @@ def apply_plan(
         torch.Size([4, 3])
     """
     replacements = _prepare(model, plan)
-    _tell_of_hooks(replacements)
+    tell_of_hooks((name, one.new) for name, one in replacements.items())
     homes = {name: _resolve_attribute(model, name) for name in plan.attributes}
     with all_or_nothing(undo) as steps:
         for replacement in replacements.values():
@@ -84,30 +83,12 @@ def apply_plan(
     return replacements
 
 
-def check_replaceable(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuse tensors that could not be replaced, before any time is spent on new values.
-
-    Args:
-        model: any module.
-        names: of parameters and buffers.
-
-    Raises:
-        SurgeryError: if a name is missing.
-        UnsupportedLayerError: for parametrizations, and hooks after accumulation of gradients.
-
-    Example:
-        >>> check_replaceable(nn.Linear(2, 2), ["weight"])
-    """
-    for name in names:
-        _find_tensor(model, name)
-
-
 def _prepare(model: nn.Module, plan: SurgeryPlan) -> dict[str, Replacement]:
     """Check every edit and build every new tensor before the first assignment."""
     replacements: dict[str, Replacement] = {}
     by_old: dict[int, Replacement] = {}
     for name, edit in plan.edits.items():
-        old = _find_tensor(model, name)
+        old = replaceable(model, name)
         twin = by_old.get(id(old))
         if twin is not None and not _equal(twin.edit.value, edit.value):
             raise SurgeryError(
@@ -117,16 +98,6 @@ def _prepare(model: nn.Module, plan: SurgeryPlan) -> dict[str, Replacement]:
         replacement = twin or Replacement(old, _new_tensor(name, old, edit.value), edit)
         replacements[name] = by_old[id(old)] = replacement
     return replacements
-
-
-def _tell_of_hooks(replacements: Mapping[str, Replacement]) -> None:
-    hooked = [name for name, one in replacements.items() if one.new._backward_hooks]
-    if hooked:
-        warnings.warn(
-            f"gradient hooks on {', '.join(map(repr, hooked))} go on with gradients of the new "
-            "shape; hooks that keep sizes have to be set again",
-            stacklevel=3,
-        )
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
@@ -139,60 +110,7 @@ def _new_tensor(name: str, old: Tensor, value: Tensor) -> Tensor:
             f"'{name}': expected a value like shape {tuple(old.shape)} and dtype {old.dtype}, got "
             f"{tuple(value.shape)} and {value.dtype}. The layer's family wrote a wrong plan."
         )
-    new = value.detach().to(dtype=old.dtype, device=old.device, copy=True).contiguous()
-    if not new.is_meta and not torch.isfinite(new).all():
-        raise NonFiniteError(f"'{name}': the new value holds NaN or infinity; nothing was changed.")
-    if isinstance(old, nn.Parameter):
-        new = nn.Parameter(new, requires_grad=old.requires_grad)
-        new.__dict__.update(old.__dict__)
-        if old._backward_hooks:
-            # The same dictionary, by whose handles the user may still remove them.
-            new._backward_hooks = old._backward_hooks
-    return new
-
-
-def _find_tensor(model: nn.Module, name: str) -> Tensor:
-    owner, key = _resolve(model, name)
-    refuse_parametrized(owner, key)
-    stores: dict[str, Tensor | None] = {**owner._buffers, **owner._parameters}
-    tensor = stores.get(key)
-    if tensor is None:
-        raise SurgeryError(
-            f"'{name}' is neither a parameter nor a buffer of the model. If an adapter (LoRA) "
-            "wraps it, merge that first, or ignore this layer."
-        )
-    plain = type(tensor) in (nn.Parameter, Tensor, nn.Buffer)
-    hooked = getattr(tensor, "_post_accumulate_grad_hooks", None)
-    if not plain or hooked:
-        what = "hooks after accumulation" if plain else f"type {type(tensor).__name__}"
-        raise UnsupportedLayerError(
-            f"'{name}' has {what}; expected a plain nn.Parameter without, since they can't be "
-            "moved to a new one. Remove them or ignore this layer."
-        )
-    return tensor
-
-
-def refuse_parametrized(owner: nn.Module, key: str) -> None:
-    """Raise :class:`UnsupportedLayerError` if a tensor is computed from others.
-
-    Example:
-        >>> refuse_parametrized(nn.Linear(2, 2), "weight")
-    """
-    if parametrize.is_parametrized(owner, key):
-        raise UnsupportedLayerError(
-            f"'{key}' of {type(owner).__name__} is parametrized; expected a plain parameter. "
-            "Remove the parametrization (torch.nn.utils.parametrize.remove_parametrizations) or "
-            "ignore this layer."
-        )
-
-
-def _resolve(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that holds the last part of a dotted name, and that part."""
-    path, _, key = name.rpartition(".")
-    try:
-        return model.get_submodule(path), key
-    except AttributeError as error:
-        raise SurgeryError(f"'{name}': the model has no module '{path}'.") from error
+    return new_like(name, old, value)
 
 
 def _resolve_attribute(model: nn.Module, name: str) -> tuple[Any, str]:

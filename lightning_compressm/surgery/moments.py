@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_compressm._precision import double
 from lightning_compressm.surgery.apply import Replacement
 from lightning_compressm.surgery.plan import Combine, Contract, Select, real_parts, take
 
@@ -189,14 +190,15 @@ def _combine_part(
     for source, matrix in matrices.items():
         if source not in sources:
             continue  # frozen, or not yet stepped: it has no moments to contribute
-        m = matrix.to(like.device, torch.float64)
+        values = double(sources[source])
+        m = double(matrix).to(values.device)
         m = m.square() if kind == "second" else m
-        moved = torch.tensordot(m, sources[source].double(), ([1], [dim])).movedim(0, dim)
+        moved = torch.tensordot(m, values, ([1], [dim])).movedim(0, dim)
         total, weight = total + moved, weight + m.abs().sum(1)
     if kind == "second":  # a state made new, out of no old one, starts from the mean
         empty = (weight == 0).nonzero().flatten()
-        total = total.index_fill(dim, empty, float(like.double().mean()))
-    return total.to(like.dtype)
+        total = total.index_fill(dim, empty, float(double(like).mean()))
+    return total.to(like)
 
 
 def _contract(key: str, rule: Contract, value: Tensor, carried: Mapping[str, State]) -> Tensor:
@@ -207,7 +209,8 @@ def _contract(key: str, rule: Contract, value: Tensor, carried: Mapping[str, Sta
             moments.update(real_parts(source, state[key]))
     for source, weights in rule.weights.items():
         if source in moments:
-            total = total + (weights.to(value.device) * moments[source].double()).sum(rule.dim)
+            values = double(moments[source])
+            total = total + (weights.to(values.device) * values).sum(rule.dim)
     size = next(iter(rule.weights.values())).shape[0]
     return total.to(value.device).expand(size).clone()
 
@@ -219,8 +222,7 @@ def _refill(replacement: Replacement, value: Tensor, scale: float) -> Tensor:
             value.shape, replacement.old.shape, replacement.new.shape, strict=True
         )
     ]
-    wide = torch.complex128 if value.is_complex() else torch.float64
-    return value.new_full(shape, scale * value.to(wide).mean().item() if scale else 0.0)
+    return value.new_full(shape, scale * double(value).mean().item() if scale else 0.0)
 
 
 def _centred(state: State) -> State:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, SGD, Optimizer
 
+from lightning_compressm._undo import all_or_nothing
 from lightning_compressm.errors import UnsupportedOptimizerError
 from lightning_compressm.surgery.apply import Replacement
 from lightning_compressm.surgery.moments import transport_states, truncate_state
-from lightning_compressm.surgery.undo import all_or_nothing
 
 __all__ = [
     "OptimizerStatePolicy",

@@ -138,19 +138,14 @@ class SurgeryPlan:
 
     def prefixed(self, prefix: str) -> SurgeryPlan:
         """The same plan seen from a parent in which this module is called ``prefix``."""
-        if not prefix:
-            return self
-        edits = {
-            f"{prefix}.{name}": TensorEdit(edit.value, _prefix_rule(edit.moments, prefix))
-            for name, edit in self.edits.items()
-        }
-        attributes = {f"{prefix}.{name}": value for name, value in self.attributes.items()}
-        projections = {_joined(prefix, name): p for name, p in self.projections.items()}
-        return SurgeryPlan(edits, attributes, projections)
+        return _prefixed(self, prefix)
 
     @staticmethod
-    def merge(plans: Iterable[SurgeryPlan]) -> SurgeryPlan:
+    def merge(parts: Iterable[tuple[str, SurgeryPlan]]) -> SurgeryPlan:
         """One plan out of several that touch different names.
+
+        Args:
+            parts: where a module lives, and the plan that is relative to it.
 
         Raises:
             SurgeryError: if two plans name the same tensor.
@@ -158,7 +153,8 @@ class SurgeryPlan:
         edits: dict[str, TensorEdit] = {}
         attributes: dict[str, Any] = {}
         projections: dict[str, Mapping[str, Tensor]] = {}
-        for plan in plans:
+        for prefix, part in parts:
+            plan = _prefixed(part, prefix)
             if twice := edits.keys() & plan.edits.keys():
                 raise SurgeryError(f"expected each tensor in one plan; got {sorted(twice)} twice.")
             edits.update(plan.edits)
@@ -195,6 +191,18 @@ class SurgeryPlan:
             for name, tensors in _plain.mapping(saved["projections"]).items()
         }
         return SurgeryPlan(edits, attributes, projections)
+
+
+def _prefixed(plan: SurgeryPlan, prefix: str) -> SurgeryPlan:
+    if not prefix:
+        return plan
+    edits = {
+        f"{prefix}.{name}": TensorEdit(edit.value, _prefix_rule(edit.moments, prefix))
+        for name, edit in plan.edits.items()
+    }
+    attributes = {f"{prefix}.{name}": value for name, value in plan.attributes.items()}
+    projections = {_joined(prefix, name): p for name, p in plan.projections.items()}
+    return SurgeryPlan(edits, attributes, projections)
 
 
 def _rule_to_dict(rule: MomentRule) -> dict[str, Any]:

@@ -187,16 +187,29 @@ def test_another_parametrized_tensor_is_no_obstacle(kind: type[Layer]):
     assert layer.d_state == REDUCED
 
 
-@pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
-def test_parameters_with_hooks_are_refused(kind: type[Layer], hook: str):
+def test_hooks_after_accumulation_are_refused(kind: type[Layer]):
     layer = kind(4, FULL)
     name = next(iter(kind.state_axes))
-    getattr(layer.get_parameter(name), hook)(lambda _: None)
+    layer.get_parameter(name).register_post_accumulate_grad_hook(lambda _: None)
     before, objects = _weights(layer), list(layer.parameters())
-    with pytest.raises(UnsupportedLayerError, match=f"'{name}' has hooks; expected a plain"):
+    with pytest.raises(UnsupportedLayerError, match=f"'{name}' has hooks after accumulation"):
         layer.load_state_dict(kind(4, REDUCED).state_dict())
     assert _unchanged(layer, before, objects)
     layer.load_state_dict(kind(4, FULL).state_dict())
+
+
+def test_gradient_hooks_go_on_with_the_new_shape(kind: type[Layer]):
+    layer, seen = kind(4, FULL), []
+    name = next(iter(kind.state_axes))
+    handle = layer.get_parameter(name).register_hook(lambda grad: seen.append(grad.shape))
+    with pytest.warns(UserWarning, match=f"gradient hooks on '{name}' go on"):
+        layer.load_state_dict(kind(4, REDUCED).state_dict())
+    layer(torch.ones(1, 3, 4)).sum().backward()
+    assert seen == [layer.get_parameter(name).shape]
+    assert seen[0][kind.state_axes[name]] == REDUCED
+    handle.remove()
+    layer(torch.ones(1, 3, 4)).sum().backward()
+    assert len(seen) == 1
 
 
 def test_parameters_of_another_type_are_refused(kind: type[Layer]):

@@ -117,7 +117,7 @@ def test_prefixed_renames_tensors_attributes_and_sources():
 
 
 def test_merge_joins_plans_of_different_layers():
-    merged = SurgeryPlan.merge(EVERY_RULE.prefixed(name) for name in ("x", "y"))
+    merged = SurgeryPlan.merge((name, EVERY_RULE) for name in ("x", "y"))
     assert len(merged.edits) == 8
     assert merged.attributes["y.d_state"] == 2
     assert not SurgeryPlan.merge([])
@@ -125,7 +125,7 @@ def test_merge_joins_plans_of_different_layers():
 
 def test_merge_refuses_one_tensor_in_two_plans():
     with pytest.raises(SurgeryError, match=r"\['x.a', 'x.b', 'x.c', 'x.d'\] twice"):
-        SurgeryPlan.merge([EVERY_RULE.prefixed("x")] * 2)
+        SurgeryPlan.merge([("x", EVERY_RULE)] * 2)
 
 
 def test_a_plan_of_attributes_alone_counts():
