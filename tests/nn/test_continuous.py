@@ -301,7 +301,7 @@ def test_steps_are_log_uniform(kind: type[Layer]):
         ({"dt_min": 1.0, "dt_max": 0.1}, "0 < dt_min <= dt_max"),
         ({"dt_max": math.inf}, "0 < dt_min <= dt_max"),
         ({"dt_min": math.nan}, "0 < dt_min <= dt_max"),
-        ({"discretization": "euler"}, "must be one of 'zoh', 'bilinear', got 'euler'"),
+        ({"discretization": "euler"}, "expected one of zoh, bilinear, got 'euler'"),
     ],
 )
 @both
@@ -313,7 +313,7 @@ def test_bad_arguments(kind: type[Layer], arguments: dict[str, Any], message: st
 @pytest.mark.parametrize(
     ("kind", "arguments", "message"),
     [
-        (S4D, {"init": "random"}, "init must be one of 'lin', 'inv', 'quad', 'legs', got 'random'"),
+        (S4D, {"init": "random"}, "init: expected one of lin, inv, quad, legs, got 'random'"),
         (S5, {"blocks": 2}, "blocks must divide d_state = 3, got 2"),
         (S5, {"blocks": 0}, "blocks must be an integer >= 1"),
     ],
