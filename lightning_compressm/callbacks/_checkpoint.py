@@ -41,6 +41,7 @@ class CallbackState:
     looked_at_step: int
     epoch: int
     sequences: dict[str, Any]
+    trial: dict[str, Any]
     rollback: dict[str, Any]
     pending: Decision | None
 
@@ -58,6 +59,7 @@ def read_state(saved: object) -> CallbackState:
         looked_at_step=_entry(saved, "looked_at_step", _plain.integer),
         epoch=_entry(saved, "epoch", _plain.integer),
         sequences=_entry(saved, "sequences", _sequences),
+        trial=_entry(saved, "trial", _trial),
         rollback=_entry(saved, "rollback", _rollback),
         pending=_entry(saved, "pending", _pending),
     )
@@ -116,8 +118,10 @@ def _entry(saved: object, name: str, read: Callable[[Any], Any]) -> Any:
 def _window(value: Any) -> Window | None:
     if value is None:
         return None
-    start, end = value
-    return Window(_plain.integer(start), _plain.integer(end))
+    start, end, *looks = value
+    return Window(
+        _plain.integer(start), _plain.integer(end), tuple(_plain.integer(step) for step in looks)
+    )
 
 
 def _history(value: Any) -> list[dict[str, Any]]:
@@ -130,6 +134,15 @@ def _spectra(value: Any) -> list[dict[str, Any]]:
         _plain.integer(look["epoch"])
         _plain.tensors(look["spectra"])
     return [dict(look) for look in value]
+
+
+def _trial(value: Any) -> dict[str, Any]:
+    """The states at the start, and the losses of the latest steps."""
+    starts = _plain.mapping(value["starts"]).items()
+    return {
+        "starts": {_plain.text(name): _plain.count(state_dim) for name, state_dim in starts},
+        "losses": [_plain.number(loss) for loss in _plain.items(value["losses"])],
+    }
 
 
 def _pending(value: Any) -> Decision | None:

@@ -6,6 +6,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,16 +19,19 @@ from lightning_compressm.callbacks._limits import fitting, is_last_step, total_s
 from lightning_compressm.callbacks._ranks import decide_together
 from lightning_compressm.callbacks._rollback import RollbackGuard
 from lightning_compressm.callbacks._strategy import swap
+from lightning_compressm.callbacks._trial import Batch, LossTrials
 from lightning_compressm.callbacks._watch import TrainingWatch
 from lightning_compressm.callbacks.schedule import Looks, Schedule
 from lightning_compressm.errors import NonFiniteError
+from lightning_compressm.families._base import tensor_of
 from lightning_compressm.model.layers import SSMLayer, select_layers
 from lightning_compressm.reduction.decide import decide
 from lightning_compressm.reduction.decision import Decision
 from lightning_compressm.reduction.events import format_table
 from lightning_compressm.reduction.failures import TroubleError
-from lightning_compressm.reduction.policy import ReductionPolicy
+from lightning_compressm.reduction.policy import DEFAULT_TOLERANCE, ReductionPolicy
 from lightning_compressm.reduction.processes import Processes
+from lightning_compressm.surgery.learning_speed import LearningSpeed
 from lightning_compressm.surgery.optimizer import OptimizerStatePolicy
 
 __all__ = ["ReductionRun"]
@@ -44,12 +48,15 @@ class ReductionRun:
         batches: how many batches' inputs to keep for calibration.
         optimizer_state: what becomes of optimizer state.
         new_guard: makes what judges reductions by a validation metric.
+        learning_speed: let cut layers take longer steps.
         verbose: log a table of every event on rank 0.
 
     Attributes:
         history: one dict for each event, in the order in which they happened.
         looks: the looks of this run.
         watch: what the layers see.
+        trials: what reductions would cost.
+        speed: of learning after cuts; ``None`` to leave it as it is.
         pending: what was decided and not carried out yet.
         layers: name -> layer, as of the latest look.
         state_dims: layer name -> current state dimension; empty before training starts.
@@ -65,6 +72,7 @@ class ReductionRun:
         batches: int,
         optimizer_state: OptimizerStatePolicy,
         new_guard: Callable[[], RollbackGuard],
+        learning_speed: bool,
         verbose: bool,
     ) -> None:
         self.policy = policy
@@ -73,6 +81,8 @@ class ReductionRun:
         self.verbose = verbose
         self.looks = Looks(schedule)
         self.watch = TrainingWatch(policy, batches)
+        self.trials = LossTrials()
+        self.speed = LearningSpeed() if learning_speed else None
         self.history: list[dict[str, Any]] = []
         self.pending: Decision | None = None
         self.layers: Mapping[str, SSMLayer] = {}
@@ -99,6 +109,8 @@ class ReductionRun:
     def leave(self, pl_module: pl.LightningModule) -> None:
         """Remember the weights at the end of a fit, however it came."""
         self.watch.detach()
+        if self.speed is not None:
+            self.speed.leave()
         self._left = _fingerprint(pl_module)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -111,12 +123,14 @@ class ReductionRun:
         self.layers = layers
         self.watch.start(layers)
         self._refresh_state_dims()
+        self.trials.begin(self.state_dims)
 
     def begin(self, trainer: pl.Trainer) -> None:
         """Tie the window to this run; when training starts, the data is there to count."""
         self.looks.schedule = fitting(self.looks.schedule, trainer)
         self.looks.begin(trainer.global_step, lambda: total_steps(trainer), trainer.current_epoch)
         self._first_step = trainer.global_step
+        self._set_speed(trainer)
         if self.looks.too_short:
             rank_zero_warn("CompreSSMCallback: the run is too short for a reduction.")
 
@@ -129,7 +143,9 @@ class ReductionRun:
         if self.looks.step == self._first_step and self.looks.to_come:
             self.watch.check_calls()
 
-    def after_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any) -> None:
+    def after_batch(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch
+    ) -> None:
         """Act right after an optimizer step, where the schedule says so."""
         self.watch.detach()
         self._note_loss(outputs, trainer.global_step)
@@ -140,7 +156,7 @@ class ReductionRun:
         if not self.guard.allows_reduction or not self.looks.due_after_step(ending):
             return
         if not is_last_step(trainer):
-            self._look(trainer, pl_module, trainer.current_epoch)
+            self._look(trainer, pl_module, trainer.current_epoch, batch)
             self.execute(trainer, pl_module)
 
     def after_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
@@ -149,17 +165,28 @@ class ReductionRun:
         if due and self.guard.allows_reduction:
             self._look(trainer, pl_module, epoch)
 
-    def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
+    def _look(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        epoch: int,
+        batch: Batch | None = None,
+    ) -> None:
         """Decide, unless a first validation of ``monitor``, or data, has to come before."""
-        if self.guard.waits or not self.watch.ready:
+        lacks_batch = batch is None and self.policy.loss_budget is not None
+        if self.guard.waits or not self.watch.ready or lacks_batch:
             self.looks.overdue = True
             return
         step = trainer.global_step
         self.layers = layers = select_layers(pl_module, self.policy.layers, self.policy.ignore)
 
         def work(processes: Processes) -> dict[str, Any]:
-            seen = self.watch.seen
-            decision = decide(pl_module, layers, self.policy, seen, processes, seed=step)
+            seen, policy, trial = self.watch.seen, self.policy, None
+            if batch is not None and policy.loss_budget is not None:
+                trial = self.trials.prepare(trainer, pl_module, batch, policy, processes)
+                if trial is None:
+                    policy = replace(policy, loss_budget=None, tolerance=DEFAULT_TOLERANCE)
+            decision = decide(pl_module, layers, policy, seen, processes, seed=step, trial=trial)
             return decision.at(step, epoch).to_dict()
 
         # Every rank holds the decision of rank 0 afterwards.
@@ -176,6 +203,8 @@ class ReductionRun:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if not isinstance(loss, Tensor) or not self.looks.to_come:
             return
+        if loss.numel() == 1 and self.policy.loss_budget is not None:
+            self.trials.note(loss)
         if loss.device.type == "cpu" and loss.numel() == 1:
             if self._bad_step is None and not math.isfinite(loss.item()):
                 self._bad_step = torch.tensor(step)
@@ -198,6 +227,7 @@ class ReductionRun:
             decision = decision.skipped(f"the swap failed: {trouble.reason}")
         self.pending = None
         self._record(decision)
+        self._set_speed(trainer)
 
     def roll_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         """Go back if the latest validation wants it; whether it did."""
@@ -206,7 +236,20 @@ class ReductionRun:
         decision = self.guard.restore(trainer, pl_module, self.layers)
         self.pending = None
         self._record(decision)
+        self._set_speed(trainer)
         return True
+
+    def _set_speed(self, trainer: pl.Trainer) -> None:
+        """Fewer states learn as fast together as all of them did."""
+        if self.speed is None:
+            return
+        shares = {
+            tensor_of(layer.module, tensor): self.trials.starts.get(name, dim) / dim
+            for name, layer in self.layers.items()
+            for dim in [layer.state_dim]
+            for tensor in layer.family.state_axes(layer.module)
+        }
+        self.speed.follow(trainer.optimizers, shares)
 
     def _refresh_state_dims(self) -> None:
         self.state_dims = {name: layer.state_dim for name, layer in self.layers.items()}
@@ -224,6 +267,7 @@ class ReductionRun:
             **self.looks.state_dict(),
             "history": [dict(event) for event in self.history],
             "sequences": self.watch.state_dict(),
+            "trial": self.trials.state_dict(),
             "rollback": self.guard.state_dict(),
             "pending": None if self.pending is None else self.pending.to_dict(),
         }
@@ -234,6 +278,7 @@ class ReductionRun:
         self.looks.at_step, self.looks.epoch = saved.looked_at_step, saved.epoch
         self.history, self.pending = saved.history, saved.pending
         self.watch.load_state_dict(saved.sequences)
+        self.trials.load_state_dict(saved.trial)
         self.guard.load_state_dict(saved.rollback)
 
 

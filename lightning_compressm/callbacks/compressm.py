@@ -6,25 +6,25 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
 from torch.optim import Optimizer
 
-from lightning_compressm._rules import COUNT, FLAG, one_of
+from lightning_compressm._rules import COUNT, FLAG, one_of, optional
 from lightning_compressm.callbacks._averages import (
     align_averages,
     average_to_current,
     install_hooks_on_averages,
 )
-from lightning_compressm.callbacks._checkpoint import check_optimizer_states, read_state
+from lightning_compressm.callbacks._checkpoint import check_optimizer_states
 from lightning_compressm.callbacks._limits import is_last_step
 from lightning_compressm.callbacks._refusals import check_fit, check_setup
+from lightning_compressm.callbacks._reports import RunReports
 from lightning_compressm.callbacks._rollback import RollbackGuard
 from lightning_compressm.callbacks._run import ReductionRun
 from lightning_compressm.callbacks.schedule import Schedule
 from lightning_compressm.model.layers import select_layers
 from lightning_compressm.model.resizing import install_resize_hooks
-from lightning_compressm.reduction.events import dimension_metrics
 from lightning_compressm.reduction.policy import (
+    DEFAULT_LOSS_BUDGET,
     DEFAULT_OUTPUT_ERROR,
     BalanceChoice,
     ReductionPolicy,
@@ -35,21 +35,29 @@ from lightning_compressm.surgery.optimizer import OptimizerStatePolicy
 __all__ = ["CompreSSMCallback"]
 
 
-class CompreSSMCallback(Callback):
+class CompreSSMCallback(RunReports):
     """Remove states of little Hankel energy from SSM layers early in training.
 
-    At the end of epochs inside ``window`` it computes the Hankel singular values of every SSM
-    layer and commits to a plan; the swap of parameters, optimizer state and DDP wrapper happens
-    before the next epoch's first step, after checkpoints were written, so that every checkpoint
-    holds the weights that its metric was measured on. With ``every_n_steps``, or if no epoch ends
-    inside the window, it acts right after an optimizer step. Every run gets at least one look.
+    Without arguments it looks after 10% and 20% of the training steps, balances every SSM layer,
+    and halves the states of those where that hardly changes the loss, tried on a training batch.
+
+    With ``tolerance``, ``fraction`` or ``state_dim`` it looks at the ends of epochs inside
+    ``window``; the swap comes before the next epoch's first step, after checkpoints were written,
+    so that every checkpoint holds the weights that its metric was measured on. With
+    ``every_n_steps``, or if no epoch ends inside the window, it acts right after an optimizer step.
+    Every run gets at least one look.
 
     Args:
-        tolerance: share of each layer's Hankel energy that may go, in [0, 1). Default 0.05. At
-            most one of ``tolerance``, ``fraction`` and ``state_dim``.
+        tolerance: share of each layer's Hankel energy that may go, in [0, 1). At most one of
+            ``tolerance``, ``fraction``, ``state_dim`` and ``loss_budget``.
         fraction: drop this share of the current states at every look, in [``min_reduction``, 1).
         state_dim: go down to this dimension.
-        window: two floats: shares of the training run; two ints: optimizer steps.
+        loss_budget: at each look halve the states of layers, or take a quarter, as long as the loss
+            of a training batch rises by at most this share of the running loss, in [0, 1). The
+            default, 0.02.
+        floor: with ``loss_budget``, the least share of a layer's first states that stays.
+        window: two floats: shares of the training run; two ints: optimizer steps. ``None`` for
+            (0.1, 0.2) with ``loss_budget``, which looks at both of them, else (0.0, 0.1).
         every_n_epochs: look at the end of every n-th epoch.
         every_n_steps: instead, look every n optimizer steps.
         min_reduction: act only if at least this share of a layer's states goes, in [0, 1).
@@ -82,6 +90,10 @@ class CompreSSMCallback(Callback):
             for each rank; ``None`` for host memory, from where it goes into checkpoints.
         optimizer_state: ``"transport"`` carries optimizer moments through the change of basis,
             ``"truncate"`` slices them, ``"reset"`` drops them.
+        learning_speed: let the state-space parameters of a cut layer take longer steps, N/r times
+            as long where r of N states are left, at most those of the highest learning rate of
+            another parameter group (Adam and its kin; SGD, LBFGS and Muon go on as they are).
+            ``None`` for yes with ``loss_budget`` only.
         verbose: log a table of every event on rank 0.
 
     Attributes:
@@ -110,7 +122,9 @@ class CompreSSMCallback(Callback):
         *,
         fraction: float | None = None,
         state_dim: int | None = None,
-        window: tuple[int | float, int | float] = (0.0, 0.1),
+        loss_budget: float | None = None,
+        floor: float = 0.25,
+        window: tuple[int | float, int | float] | None = None,
         every_n_epochs: int = 1,
         every_n_steps: int | None = None,
         min_reduction: float = 0.05,
@@ -131,15 +145,22 @@ class CompreSSMCallback(Callback):
         max_degradation: float = 0.02,
         rollback_dir: str | None = None,
         optimizer_state: OptimizerStatePolicy = "transport",
+        learning_speed: bool | None = None,
         verbose: bool = True,
     ) -> None:
         one_of(*get_args(OptimizerStatePolicy)).check("optimizer_state", optimizer_state)
         COUNT.check("calibration_batches", calibration_batches)
         FLAG.check("verbose", verbose)
+        optional(FLAG).check("learning_speed", learning_speed)
+        if tolerance is None and fraction is None and state_dim is None and loss_budget is None:
+            loss_budget = DEFAULT_LOSS_BUDGET
+        by_loss = loss_budget is not None
         self.policy = ReductionPolicy(
             tolerance=tolerance,
             fraction=fraction,
             state_dim=state_dim,
+            loss_budget=loss_budget,
+            floor=floor,
             min_reduction=min_reduction,
             min_state_dim=min_state_dim,
             round_to=round_to,
@@ -154,7 +175,9 @@ class CompreSSMCallback(Callback):
             max_output_error=max_output_error,
             trained_on=True,
         )
-        schedule = Schedule(window, every_n_epochs, every_n_steps)
+        if window is None:
+            window = (0.1, 0.2) if by_loss else (0.0, 0.1)
+        schedule = Schedule(window, every_n_epochs, every_n_steps, ends_only=by_loss)
         new_guard = partial(RollbackGuard, monitor, mode, max_degradation, rollback_dir)
         self._new_run = partial(
             ReductionRun,
@@ -163,25 +186,10 @@ class CompreSSMCallback(Callback):
             calibration_batches,
             optimizer_state,
             new_guard,
+            by_loss if learning_speed is None else learning_speed,
             verbose,
         )
         self._run = self._new_run()
-        self._fitting = True  # a test of some checkpoint must not replace the history of training
-
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        """One dict for each layer and look."""
-        return self._run.history
-
-    @property
-    def state_dims(self) -> dict[str, int]:
-        """Layer name -> current state dimension; empty before training starts."""
-        return dict(self._run.state_dims)
-
-    @property
-    def state_key(self) -> str:
-        """Two callbacks for different layers keep apart states in a checkpoint."""
-        return self._generate_state_key(layers=self.policy.layers, ignore=self.policy.ignore)
 
     # -- before training ---------------------------------------------------------------------
 
@@ -238,7 +246,7 @@ class CompreSSMCallback(Callback):
         batch_idx: int,
     ) -> None:
         """Act right after an optimizer step, where the schedule says so."""
-        self._run.after_batch(trainer, pl_module, outputs)
+        self._run.after_batch(trainer, pl_module, outputs, (batch, batch_idx))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Judge the latest reductions."""
@@ -248,7 +256,7 @@ class CompreSSMCallback(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at the spectra and commit to a plan; log the dimensions of this epoch."""
         self._run.watch.drop()
-        self._log_dimensions(trainer, pl_module)
+        self._log_dimensions(trainer, pl_module, _all_together(trainer))
         if not is_last_step(trainer):
             self._run.after_epoch(trainer, pl_module, trainer.current_epoch)
 
@@ -267,31 +275,6 @@ class CompreSSMCallback(Callback):
         """Remember the weights as this fit leaves them."""
         if stage == "fit":
             self._run.leave(pl_module)
-
-    # -- logs and checkpoints ----------------------------------------------------------------
-
-    def _log_dimensions(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the state dimensions; the first callback does it for all: there is one sum."""
-        together = _all_together(trainer)
-        if together[0] is not self:
-            return
-        state_dims = {name: dim for c in together for name, dim in c.state_dims.items()}
-        history = sorted((e for c in together for e in c.history), key=lambda e: e["step"])
-        metrics = dimension_metrics(state_dims, history)
-        pl_module.log_dict(metrics, sync_dist=trainer.world_size > 1)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Window, history and a committed but not yet executed plan; plain types and tensors."""
-        return self._run.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the state of a checkpoint that is trained on; the window stays what it was.
-
-        Raises:
-            CheckpointError: if it is damaged; the callback is as it was then.
-        """
-        if self._fitting:
-            self._run.load_state_dict(read_state(state_dict))
 
 
 def _all_together(trainer: pl.Trainer) -> list[CompreSSMCallback]:

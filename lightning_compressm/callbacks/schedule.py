@@ -14,6 +14,8 @@ from lightning_compressm._rules import COUNT, optional
 
 __all__ = ["Looks", "Schedule", "Window"]
 
+ENDLESS = (500, 1000, 2000, 4000)  # steps after which runs of unknown length are looked at
+
 
 @dataclass(frozen=True)
 class Window:
@@ -26,6 +28,8 @@ class Window:
 
     start: int
     end: int
+    looks: tuple[int, ...] = ()
+    """Steps after which to look; if there are none, the schedule's interval says it."""
 
     def contains(self, step: int) -> bool:
         """Whether a look after ``step`` optimizer steps lies inside."""
@@ -41,6 +45,8 @@ class Schedule:
             float, both are shares.
         every_n_epochs: look at the end of every n-th epoch.
         every_n_steps: instead, look every n optimizer steps.
+        ends_only: instead, look at the window's start and at its end, unless there are
+            ``every_n_steps``; in a run of unknown length, after 500 steps and ever later ones.
 
     Raises:
         ValueError: for values out of range.
@@ -55,6 +61,7 @@ class Schedule:
     window: tuple[int | float, int | float] = (0.0, 0.1)
     every_n_epochs: int = 1
     every_n_steps: int | None = None
+    ends_only: bool = False
 
     def __post_init__(self) -> None:
         """Refuse windows that can't be meant."""
@@ -88,6 +95,8 @@ class Schedule:
         known = total_steps is not None and isfinite(total_steps) and total_steps > 0
         start, end = self.window
         if self.is_share:
+            if not known and self.ends_only and not self.every_n_steps:
+                return Window(0, ENDLESS[-1], ENDLESS)
             if not known:
                 raise ValueError(
                     f"window={self.window!r} is a share of a run whose number of steps is unknown "
@@ -103,11 +112,16 @@ class Schedule:
                 f"window={self.window!r} starts after the run's last step but one ({last}). Choose "
                 "an earlier window, or train longer."
             )
-        return Window(int(start), min(int(end), last))
+        start, end = int(start), min(int(end), last)
+        only = self.ends_only and not self.every_n_steps
+        looks = tuple(sorted({step for step in (start, end) if step})) if only else ()
+        return Window(start, end, looks)
 
     def due_at_epoch_end(self, window: Window, step: int, epoch: int) -> bool:
         """Whether to look at the end of ``epoch`` (from 0) after ``step`` optimizer steps."""
-        on_interval = self.every_n_steps is None and (epoch + 1) % self.every_n_epochs == 0
+        on_interval = (
+            not (self.every_n_steps or self.ends_only) and (epoch + 1) % self.every_n_epochs == 0
+        )
         return on_interval and window.contains(step)
 
     def due_at_step(self, window: Window, before: int, step: int, looks: int) -> bool:
@@ -119,6 +133,8 @@ class Schedule:
             step: optimizer steps after it; one more, or several with several optimizers.
             looks: how many looks there have been.
         """
+        if any(before < planned <= step for planned in window.looks):
+            return True
         n = self.every_n_steps
         if n and step // n > before // n and window.contains(step):
             return True
@@ -228,7 +244,7 @@ class Looks:
         """Plain types only."""
         window = self.window
         return {
-            "window": None if window is None else [window.start, window.end],
+            "window": None if window is None else [window.start, window.end, *window.looks],
             "looks": self.count,
             "looked_at_step": self.at_step,
             "epoch": self.epoch,

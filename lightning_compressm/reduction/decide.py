@@ -23,10 +23,11 @@ from lightning_compressm.reduction import linear, selective  # noqa: F401 (the k
 from lightning_compressm.reduction.analysis import Analysis, Cut, analyse
 from lightning_compressm.reduction.decision import Decision, Twins
 from lightning_compressm.reduction.events import LayerEvent
-from lightning_compressm.reduction.order import Order, choose_orders, level_orders
+from lightning_compressm.reduction.order import Order, choose_orders, level_orders, smaller_cut
 from lightning_compressm.reduction.policy import ReductionPolicy
 from lightning_compressm.reduction.processes import Outcome, Processes
 from lightning_compressm.reduction.recorder import Seen
+from lightning_compressm.reduction.trial import Trial, affordable
 
 __all__ = ["decide", "measure_spectra"]
 
@@ -41,6 +42,7 @@ def decide(
     processes: Processes | None = None,
     *,
     seed: int = 0,
+    trial: Trial | None = None,
 ) -> Decision:
     """Decide what to remove from which layer; changes nothing.
 
@@ -54,6 +56,7 @@ def decide(
         seen: what is known of the data: lengths for ``horizon="auto"``, calibration data.
         processes: those that decide together.
         seed: for random selections.
+        trial: tries cuts under a policy with a ``loss_budget``.
 
     Returns:
         The plan and one event for each layer.
@@ -78,7 +81,9 @@ def decide(
     looked = processes.map(work.look, alike, _told)
     spectra = [None if one.value is None else one.value.sigma for one in looked.values()]
     # Orders steer what is exchanged next, so rounding must not make them differ.
-    orders = processes.agree(choose_orders(own, spectra, policy))
+    orders = processes.agree(
+        choose_orders(own, spectra, policy, None if trial is None else trial.starts)
+    )
     cuts = {
         i: _left_alone(layer, why)
         for i, layer in enumerate(own)
@@ -92,6 +97,20 @@ def decide(
         if policy.share_state_dim:
             orders = level_orders(own, orders, reached)
         again = {i: alike[i] for i in alike if orders[i].wanted > reached[i]}
+    if trial is not None:
+
+        def loss_of(choice: Mapping[int, Cut]) -> float:
+            chosen = [choice[i] if i in choice else Cut(LayerEvent.skip(own[i])) for i in alike]
+            return trial.loss(Decision.of(model, twins, chosen, {}).plan)
+
+        def smaller(i: int) -> list[Cut]:
+            less = {i: smaller_cut(orders[i])}
+            (outcome,) = processes.map(partial(work.cut, looked, less), {i: alike[i]}).values()
+            cut = _result(own[i], outcome, looked[i])
+            return [cut] if cut.plan else []
+
+        options = {i: [cut] for i, cut in cuts.items() if cut.plan}
+        cuts |= affordable(options, smaller, loss_of, trial, as_one=policy.share_state_dim)
     known = {x.name: s for x, s in zip(own, spectra, strict=True) if s is not None}
     return Decision.of(model, twins, [cuts[i] for i in alike], known)
 
@@ -178,7 +197,7 @@ class _Work:
     def cut(
         self,
         looked: Mapping[int, Outcome[_Look]],
-        orders: Sequence[Order],
+        orders: Sequence[Order] | Mapping[int, Order],
         i: int,
         processes: Processes,
         on_cpu: bool,

@@ -33,6 +33,9 @@ class LayerEvent:
             ``None`` where no theorem holds (time-limited Gramians, ablations).
         output_error: measured error of a selective layer's output on the calibration data, relative
             to its size (root mean squares); ``None`` where it was not measured.
+        loss_change: by how much all cuts of this look together, or a cut that was refused for it
+            alone, changed the loss of a training batch, as a share of the running loss; ``None``
+            where it was not measured.
         seconds: time of the look, and of a layer that was reduced its share of the swap.
         reason: why a layer was skipped, or kept more states than asked for; else empty.
         balance: the balancing that was used; for a selective layer the criterion.
@@ -54,6 +57,7 @@ class LayerEvent:
     energy_kept: float = 1.0
     error_bound: float | None = None
     output_error: float | None = None
+    loss_change: float | None = None
     seconds: float = 0.0
     reason: str = ""
     balance: str = ""
@@ -109,7 +113,7 @@ class LayerEvent:
             _plain.integer(whole)
         for value in (event.energy_kept, event.seconds):
             _plain.number(value)
-        for optional in (event.error_bound, event.output_error, event.horizon):
+        for optional in (event.error_bound, event.output_error, event.loss_change, event.horizon):
             if optional is not None:
                 _plain.number(optional)
         return event

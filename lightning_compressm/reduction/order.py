@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -13,7 +13,7 @@ from lightning_compressm.control import constrain_order, order_for_energy, order
 from lightning_compressm.model.layers import SSMLayer
 from lightning_compressm.reduction.policy import ReductionPolicy
 
-__all__ = ["Order", "choose_orders", "level_orders"]
+__all__ = ["Order", "choose_orders", "level_orders", "smaller_cut"]
 
 _NO_ENERGY = (
     "it has zero Hankel energy, since its inputs never reach its outputs (B or C is zero); give "
@@ -50,7 +50,10 @@ class Order:
 
 
 def choose_orders(
-    layers: Sequence[SSMLayer], spectra: Sequence[Tensor | None], policy: ReductionPolicy
+    layers: Sequence[SSMLayer],
+    spectra: Sequence[Tensor | None],
+    policy: ReductionPolicy,
+    starts: Mapping[str, int] | None = None,
 ) -> list[Order]:
     """How many states each layer is to keep under ``policy``, at most its present ones.
 
@@ -58,6 +61,7 @@ def choose_orders(
         layers: all layers that are decided on together.
         spectra: their HSVs; ``None`` for a layer that could not be analysed.
         policy: energy, share or dimension; lower limit, multiple, and one for all of a family.
+        starts: layer name -> states at the start of the run, its present ones if left out.
 
     Returns:
         One order for each layer.
@@ -72,7 +76,7 @@ def choose_orders(
         4
     """
     pairs = zip(layers, spectra, strict=True)
-    orders = [_order(layer, sigma, policy) for layer, sigma in pairs]
+    orders = [_order(layer, sigma, policy, _floor(layer, policy, starts)) for layer, sigma in pairs]
     if not policy.share_state_dim:
         return orders
     return level_orders(layers, orders, [order.wanted for order in orders])
@@ -99,7 +103,24 @@ def level_orders(
     ]
 
 
-def _order(layer: SSMLayer, sigma: Tensor | None, policy: ReductionPolicy) -> Order:
+def smaller_cut(order: Order) -> Order:
+    """Half as large a cut, for a layer that can't do without all of the states of the first one.
+
+    Example:
+        >>> smaller_cut(Order(present=64, wanted=32, most=60)).wanted
+        48
+    """
+    wanted = math.ceil((order.present + order.wanted) / 2)
+    return replace(order, wanted=-(-wanted // order.step) * order.step)
+
+
+def _floor(layer: SSMLayer, policy: ReductionPolicy, starts: Mapping[str, int] | None) -> int:
+    start = (starts or {}).get(layer.name, layer.state_dim)
+    share = 0 if policy.loss_budget is None else math.ceil(start * policy.floor)
+    return max(policy.min_state_dim, share)
+
+
+def _order(layer: SSMLayer, sigma: Tensor | None, policy: ReductionPolicy, floor: int) -> Order:
     n = layer.state_dim
     most = min(n - 1, math.floor(n * (1 - policy.min_reduction) + 1e-9))
     order = Order(n, n, most, policy.round_to)
@@ -108,7 +129,7 @@ def _order(layer: SSMLayer, sigma: Tensor | None, policy: ReductionPolicy) -> Or
     if policy.tolerance is not None and not bool(sigma.any()):
         return replace(order, refused=_NO_ENERGY)
     wanted = constrain_order(
-        _wanted(n, sigma, policy), n, min_state_dim=policy.min_state_dim, round_to=policy.round_to
+        _wanted(n, sigma, policy), n, min_state_dim=floor, round_to=policy.round_to
     )
     return replace(order, wanted=wanted)
 
@@ -118,5 +139,7 @@ def _wanted(n: int, sigma: Tensor, policy: ReductionPolicy) -> int:
         return min(policy.state_dim, n)
     if policy.fraction is not None:
         return order_for_fraction(n, policy.fraction)
+    if policy.loss_budget is not None:
+        return math.ceil(n / 2)
     assert policy.tolerance is not None
     return order_for_energy(sigma, policy.tolerance)

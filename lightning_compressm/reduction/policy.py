@@ -26,6 +26,8 @@ __all__ = ["BalanceChoice", "HorizonChoice", "ReductionPolicy", "Selection"]
 HorizonChoice = int | Literal["auto"] | None
 
 DEFAULT_TOLERANCE = 0.05
+DEFAULT_LOSS_BUDGET = 0.02
+TARGETS = ("tolerance", "fraction", "state_dim", "loss_budget")
 DEFAULT_OUTPUT_ERROR = 0.5
 
 _HORIZON = Rule(
@@ -35,6 +37,8 @@ _RULES = {
     "tolerance": optional(SHARE),
     "fraction": optional(POSITIVE_SHARE),
     "state_dim": optional(COUNT),
+    "loss_budget": optional(SHARE),
+    "floor": SHARE,
     "min_reduction": SHARE,
     "min_state_dim": COUNT,
     "round_to": COUNT,
@@ -53,13 +57,17 @@ _RULES = {
 class ReductionPolicy:
     """How many states stay, which ones, in which layers, and how they are balanced.
 
-    At most one of ``tolerance``, ``fraction`` and ``state_dim``; none means ``tolerance=0.05``.
+    At most one of ``tolerance``, ``fraction``, ``state_dim`` and ``loss_budget``; none means
+    ``tolerance=0.05``.
 
     Args:
         tolerance: share of a layer's Hankel energy (the sum of its Hankel singular values) that
             may be discarded, in [0, 1).
         fraction: share of the current states to drop, in (0, 1).
         state_dim: state dimension to go down to, >= 1.
+        loss_budget: halve the states of each layer where the loss, tried on a training batch, rises
+            by at most this share of the running loss, in [0, 1); only in training.
+        floor: with ``loss_budget``, never below this share of the states at the start, in [0, 1).
         min_reduction: act only if at least this share of a layer's states goes, in [0, 1).
         min_state_dim: never go below this dimension, >= 1.
         round_to: round the kept number up to a multiple of this, >= 1.
@@ -91,13 +99,15 @@ class ReductionPolicy:
         >>> ReductionPolicy(tolerance=0.1, fraction=0.5)
         Traceback (most recent call last):
             ...
-        ValueError: expected at most one of tolerance, fraction and state_dim; got tolerance=0.1 \
-and fraction=0.5. Keep the one that you mean.
+        ValueError: expected at most one of tolerance, fraction, state_dim, loss_budget; got \
+tolerance=0.1 and fraction=0.5. Keep the one that you mean.
     """
 
     tolerance: float | None = None
     fraction: float | None = None
     state_dim: int | None = None
+    loss_budget: float | None = None
+    floor: float = 0.25
     min_reduction: float = 0.0
     min_state_dim: int = 1
     round_to: int = 1
@@ -114,11 +124,11 @@ and fraction=0.5. Keep the one that you mean.
 
     def __post_init__(self) -> None:
         """Refuse what can't be meant, before any model is looked at."""
-        targets = {k: getattr(self, k) for k in ("tolerance", "fraction", "state_dim")}
+        targets = {k: getattr(self, k) for k in TARGETS}
         given = [f"{name}={value}" for name, value in targets.items() if value is not None]
         if len(given) > 1:
             raise ValueError(
-                "expected at most one of tolerance, fraction and state_dim; got "
+                f"expected at most one of {', '.join(TARGETS)}; got "
                 f"{' and '.join(given)}. Keep the one that you mean."
             )
         if not given:

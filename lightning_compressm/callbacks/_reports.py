@@ -1,0 +1,66 @@
+"""What a callback shows and saves of its run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+from lightning_compressm.callbacks._checkpoint import read_state
+from lightning_compressm.callbacks._run import ReductionRun
+from lightning_compressm.reduction.events import dimension_metrics
+from lightning_compressm.reduction.policy import ReductionPolicy
+
+__all__ = ["RunReports"]
+
+
+class RunReports(Callback):
+    """The part of a callback that others read: history, dimensions, logs and checkpoints."""
+
+    policy: ReductionPolicy
+    _run: ReductionRun
+    _fitting = True  # a test of some checkpoint must not replace the history of training
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """One dict for each layer and look."""
+        return self._run.history
+
+    @property
+    def state_dims(self) -> dict[str, int]:
+        """Layer name -> current state dimension; empty before training starts."""
+        return dict(self._run.state_dims)
+
+    @property
+    def state_key(self) -> str:
+        """Two callbacks for different layers keep apart states in a checkpoint."""
+        return self._generate_state_key(layers=self.policy.layers, ignore=self.policy.ignore)
+
+    def _log_dimensions(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        together: Sequence[RunReports],
+    ) -> None:
+        """Log the state dimensions; the first callback does it for all: there is one sum."""
+        if together[0] is not self:
+            return
+        state_dims = {name: dim for c in together for name, dim in c.state_dims.items()}
+        history = sorted((e for c in together for e in c.history), key=lambda e: e["step"])
+        metrics = dimension_metrics(state_dims, history)
+        pl_module.log_dict(metrics, sync_dist=trainer.world_size > 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Window, history and a committed but not yet executed plan; plain types and tensors."""
+        return self._run.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the state of a checkpoint that is trained on; the window stays what it was.
+
+        Raises:
+            CheckpointError: if it is damaged; the callback is as it was then.
+        """
+        if self._fitting:
+            self._run.load_state_dict(read_state(state_dict))

@@ -1,0 +1,175 @@
+"""Reductions are tried on a copy of the model and the latest training batch, before one is made."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from copy import deepcopy
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+
+from lightning_compressm.reduction.failures import TroubleError, describe
+from lightning_compressm.reduction.policy import ReductionPolicy
+from lightning_compressm.reduction.processes import Processes
+from lightning_compressm.reduction.trial import Trial
+from lightning_compressm.surgery.apply import apply_plan
+from lightning_compressm.surgery.plan import SurgeryPlan
+
+__all__ = ["LossTrials"]
+
+_RUNNING = 50  # steps over which the running loss is taken
+
+Batch = tuple[Any, int]
+"""A training batch and its number in the epoch."""
+
+
+class LossTrials:
+    """The running loss, and what the loss of the latest batch would be after a reduction.
+
+    Attributes:
+        starts: layer name -> states at the beginning of the run.
+        losses: of the latest steps, as training_step returned them.
+    """
+
+    def __init__(self) -> None:
+        self.starts: dict[str, int] = {}
+        self.losses: deque[Tensor | float] = deque(maxlen=_RUNNING)
+        self._told = False
+
+    def begin(self, state_dims: Mapping[str, int]) -> None:
+        """Remember the states at the start, unless a checkpoint told them."""
+        self.starts = self.starts or dict(state_dims)
+
+    def note(self, loss: Tensor) -> None:
+        """Take up the loss of a step; it is not waited for."""
+        self.losses.append(loss.detach().clone())
+
+    def prepare(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: Batch,
+        policy: ReductionPolicy,
+        processes: Processes,
+    ) -> Trial | None:
+        """A trial of reductions on this batch; ``None``, said once, where the loss can't be told.
+
+        The copy shares its parameters' memory, so that little room is needed, and has buffers,
+        metrics and counters of its own. It is run in evaluation mode, without gradients, in the
+        Trainer's precision; logging is off, and random numbers are as before afterwards.
+        """
+        run, failure = _runner(trainer, pl_module, batch)
+        failed = processes.add_up(torch.tensor(float(bool(failure))))
+        if failed > 0:
+            self._say(failure or "it fails in another process")
+            return None
+
+        def local(plan: SurgeryPlan) -> float:
+            try:
+                return processes.together(lambda: run(plan))
+            except TroubleError:
+                return float("inf")
+
+        def loss(plan: SurgeryPlan) -> float:
+            total = processes.add_up(torch.tensor(local(plan), dtype=torch.float64))
+            return processes.agree(float(total) / processes.size)
+
+        mean = torch.tensor([float(loss) for loss in self.losses], dtype=torch.float64).mean()
+        # Lightning divides the losses that it reports by the number of batches in a step.
+        steps = trainer.accumulate_grad_batches / processes.size
+        scale = processes.agree(abs(float(processes.add_up(mean))) * steps)
+        assert policy.loss_budget is not None
+        return Trial(loss, policy.loss_budget, scale, self.starts)
+
+    def _say(self, why: str) -> None:
+        if not self._told:
+            self._told = True
+            rank_zero_warn(
+                "CompreSSMCallback can't tell what a reduction costs, since training_step can't be "
+                f"run for a trial: {why}. It goes by tolerance=0.05 instead; give `tolerance`, "
+                "`fraction` or `state_dim` to choose yourself."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types only."""
+        return {"starts": dict(self.starts), "losses": [float(loss) for loss in self.losses]}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take up a saved state."""
+        self.starts = dict(state_dict["starts"])
+        self.losses = deque(state_dict["losses"], maxlen=_RUNNING)
+
+
+def _runner(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch
+) -> tuple[Callable[[SurgeryPlan], float], str]:
+    """What gives the loss after a plan, and why it can't be told; empty if it can."""
+    step = type(pl_module).training_step
+    if not pl_module.automatic_optimization:
+        return _never, "it optimizes by hand"
+    if is_param_in_hook_signature(step, "dataloader_iter", explicit=True):
+        return _never, "it takes a `dataloader_iter`"
+    arguments = batch if is_param_in_hook_signature(step, "batch_idx", min_args=2) else batch[:1]
+    try:
+        copy = _copy(pl_module)
+        copy.trainer = trainer
+
+        def run(plan: SurgeryPlan) -> float:
+            with ExitStack() as undo:
+                if plan:
+                    apply_plan(copy, plan, undo)
+                # The class's own: an instance may hold a compiled one, of the original.
+                return _loss(trainer, copy, lambda: step(copy, *arguments))
+
+        run(SurgeryPlan())
+    except Exception as error:
+        return _never, describe(error)
+    return run, ""
+
+
+def _never(plan: SurgeryPlan) -> float:
+    raise AssertionError("expected a training_step that can be run")
+
+
+@torch.no_grad()
+def _loss(trainer: pl.Trainer, copy: pl.LightningModule, step: Callable[[], Any]) -> float:
+    copy.eval()
+    with (
+        isolate_rng(),
+        warnings.catch_warnings(),
+        torch.compiler.set_stance("force_eager"),  # else each try would be compiled
+        trainer.precision_plugin.train_step_context(),
+    ):
+        warnings.simplefilter("ignore")
+        output = step()
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise TypeError(f"expected a loss from training_step, got {type(loss).__name__}")
+    return float(loss)
+
+
+def _copy(pl_module: pl.LightningModule) -> pl.LightningModule:
+    """A copy with parameters of its own over the same memory, that logs nothing."""
+    memo: dict[int, Any] = {}
+    for parameter in pl_module.parameters():
+        if type(parameter) is nn.Parameter:
+            shared = nn.Parameter(parameter.detach(), parameter.requires_grad)
+            shared.__dict__.update(parameter.__dict__)
+            memo[id(parameter)] = shared
+    copy = deepcopy(pl_module, memo)
+    for module in copy.modules():
+        if isinstance(module, pl.LightningModule):
+            vars(module).update(log=_nothing, log_dict=_nothing)
+    return copy
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """Logs of a trial are not those of the run."""
