@@ -80,6 +80,7 @@ class Factors:
         horizon: Number of steps, or None.
         controllability: ``L_P`` as in :class:`Balancing`, square.
         observability: ``L_Q``, square.
+        bounded: Whether discarded values bound the error, if the horizon is infinite.
     """
 
     system: DiagonalLTI
@@ -87,6 +88,7 @@ class Factors:
     horizon: int | None
     controllability: Tensor
     observability: Tensor
+    bounded: bool = True
 
     @classmethod
     def of(cls, system: DiagonalLTI, form: BalanceForm, horizon: int | None) -> Factors:

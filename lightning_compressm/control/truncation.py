@@ -39,7 +39,7 @@ class Reduction:
         basis: The maps between the N original states and those of ``system``, complex128.
         sigma: All Hankel singular values, ``(..., 2N)`` for "real", else ``(..., N)``, float64.
         bound: Upper bound ``2 * sum(discarded sigma)`` of the H-infinity error, shape ``(...)``;
-            None where no theorem holds (time-limited, or not the largest states kept).
+            None where no theorem holds (time-limited, from data, or not the largest states kept).
         energy_kept: Share of the sum of sigma that was kept, shape ``(...)``, in [0, 1].
         horizon: As used: None also where the infinite-horizon reduction, being better and stable,
             replaced the time-limited one of every system.
@@ -150,7 +150,8 @@ def truncate(
     """
     one_of(*get_args(Selection)).check("selection", selection)
     order = _check_order(order, factors.system.order)
-    return _truncate(factors, _Job(order, factors.form, factors.horizon, selection, generator))
+    job = _Job(order, factors.form, factors.horizon, selection, generator, factors.bounded)
+    return _truncate(factors, job)
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,7 @@ class _Job:
     horizon: int | None
     selection: Selection
     generator: torch.Generator | None
+    bounded: bool
 
 
 def _check_order(order: int, n: int) -> int:
@@ -279,7 +281,7 @@ def _assemble(forms: Sequence[ModalForm], sigma: Tensor, job: _Job, batch: torch
     kept, lost = (sigma * mask).sum(-1), (sigma * ~mask).sum(-1)
     total = kept + lost
     energy = torch.where(total > 0, kept / total, 1.0)
-    certain = job.horizon is None and job.selection == "largest"
+    certain = job.bounded and job.horizon is None and job.selection == "largest"
     return Reduction(
         system=DiagonalLTI.stack([form.system for form in forms]).each(unflattened),
         basis=ChangeOfBasis.stack([form.basis for form in forms]).each(unflattened),

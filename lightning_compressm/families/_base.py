@@ -176,6 +176,33 @@ class Family(FamilyBase):
     def write(self, module: nn.Module, system: DiagonalLTI) -> dict[str, Tensor]:
         """The layer's tensors (all names of :meth:`state_axes`) that realise ``system``."""
 
+    def sequences(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+    ) -> tuple[Tensor, Tensor] | None:
+        """Input and output of the system in a call of the layer; ``None`` if there are none.
+
+        Task-aware Gramians are recorded from both. The default takes the first tensor of the call
+        and of what it returns, with time at ``length_dim`` and channels last (or beside it).
+
+        Args:
+            module: the layer.
+            args: of the call.
+            kwargs: of the call.
+            output: what it returned.
+
+        Returns:
+            Real tensors of two or three dimensions, as they are: the second one gets a gradient.
+        """
+        returned = output if isinstance(output, tuple | list) else (output,)
+        pair = [
+            next((t for t in values if torch.is_tensor(t)), None)
+            for values in ((*args, *kwargs.values()), returned)
+        ]
+        if any(t is None or t.ndim not in (2, 3) or not t.is_floating_point() for t in pair):
+            return None
+        inputs, response = pair
+        return (inputs, response) if inputs.ndim == response.ndim else None
+
     def moment_rules(
         self, module: nn.Module, reduction: Reduction, values: Mapping[str, Tensor]
     ) -> dict[str, MomentRule]:
