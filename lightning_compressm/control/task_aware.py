@@ -15,7 +15,7 @@ from lightning_compressm.control._factors import Gramian
 from lightning_compressm.control._kernel import one_minus_product, unit_gap
 from lightning_compressm.control.balance import Balance, BalanceForm, form_of
 from lightning_compressm.control.gramians import check_horizon
-from lightning_compressm.control.hankel import Factors, in_double
+from lightning_compressm.control.hankel import Factors, Source, in_double
 from lightning_compressm.control.system import DiagonalLTI
 from lightning_compressm.errors import CalibrationError, NonFiniteError
 
@@ -24,7 +24,7 @@ __all__ = ["TaskForm", "TaskGramians", "factorise_task"]
 TaskForm = Literal["stable", "blend"]
 
 # The part of the system's own Gramians: what no data reached is still in order, or a fair share.
-_SHARES: dict[str, float] = {"stable": 1e-3, "blend": 0.1}
+_SHARES: dict[TaskForm, float] = {"stable": 1e-3, "blend": 0.1}
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,11 +100,15 @@ def factorise_task(
     """Factors that balance what the data excites against what the loss depends on.
 
     Like :func:`~lightning_compressm.control.hankel.factorise`, with P and Q from data instead of
-    white noise. P is replaced by the closest one that satisfies ``P - A P A^H >= 0``: its residual
-    ``W = P - A P A^H`` by the positive part ``W+`` (states scaled so that W has a unit diagonal),
-    and P by the solution of ``P - A P A^H = W+``. Every truncation is then stable, whatever Q is
-    (see "Task-aware Gramians" in the documentation). A part of the system's own Gramians is mixed
-    in first: a thousandth ("stable"), or a tenth ("blend").
+    white noise, and with a part of the system's own Gramians mixed in.
+
+    - "stable": a thousandth of these. Then P is replaced by one with ``P - A P A^H >= 0``: the
+      residual ``W = P - A P A^H`` by its positive part ``W+`` (with states scaled so that W has a
+      unit diagonal), and P by the solution of ``P - A P A^H = W+``. Every truncation is stable,
+      whatever Q is (see "Task-aware Gramians" in the documentation).
+    - "blend": a tenth of these, and P as it is. That is closer to the data, and often better at a
+      small order, but poles may land outside the unit circle; they are clamped as those of
+      time-limited reductions are.
 
     The values ``sigma`` are singular values of ``L_Q^H L_P``, for means over steps; no bound of the
     error follows from them.
@@ -145,25 +149,29 @@ def factorise_task(
     written.check(system)
     steps = check_horizon(horizon)
     checked, task = system.each(Tensor.detach).check(), task.check(system)
-    return in_double(partial(_factors, task=task, form=written, mix=(_SHARES[form], steps)), checked)
+    compute = partial(_factors, task=task, form=written, horizon=steps, kind=form)
+    return in_double(compute, checked)
 
 
 def _factors(
-    system: DiagonalLTI, task: TaskGramians, form: BalanceForm, mix: tuple[float, int | None]
+    system: DiagonalLTI,
+    task: TaskGramians,
+    form: BalanceForm,
+    horizon: int | None,
+    kind: TaskForm,
 ) -> Factors:
-    share, horizon = mix
     own = form.gramians(form.written(system), horizon)
     seen = (form.of_moments(system, (m / task.steps).to(system.B.device)) for m in (task.P, task.Q))
-    p, q = (_mixed(form, *pair, share) for pair in zip(seen, own, strict=True))
-    p = _from_modes(form, _dissipative(_poles(form, system), _to_modes(form, p)))
+    p, q = (_mixed(form, *pair, _SHARES[kind]) for pair in zip(seen, own, strict=True))
+    if kind == "stable":
+        p = _from_modes(form, _dissipative(_poles(form, system), _to_modes(form, p)))
     if not all(bool(torch.isfinite(g).all()) for g in (p, q)):
         raise NonFiniteError(
             "expected finite Gramians, got NaN or infinity although parameters and data are "
             "finite; B or C overflows double precision: rescale the layer"
         )
-    return Factors(
-        system, form, None, Gramian.of(p).factor(), Gramian.of(q).factor(), bounded=False
-    )
+    source: Source = "stable" if kind == "stable" else "data"
+    return Factors(system, form, horizon, Gramian.of(p).factor(), Gramian.of(q).factor(), source)
 
 
 def _mixed(form: BalanceForm, seen: Tensor, own: Tensor, share: float) -> Tensor:

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from lightning_compressm._precision import back_to
 from lightning_compressm._rules import one_of
+from lightning_compressm.control._kernel import unit_gap
 from lightning_compressm.control._modal import ModalForm, all_states, no_states, spare_states
 from lightning_compressm.control._stable import output_error, stabilised
 from lightning_compressm.control.balance import Balance, BalanceForm
 from lightning_compressm.control.basis import ChangeOfBasis
-from lightning_compressm.control.hankel import NEGLIGIBLE, Balancing, Factors, factorise
+from lightning_compressm.control.hankel import NEGLIGIBLE, Balancing, Factors, Source, factorise
 from lightning_compressm.control.system import DiagonalLTI
 from lightning_compressm.errors import NonFiniteError
 
@@ -150,7 +151,7 @@ def truncate(
     """
     one_of(*get_args(Selection)).check("selection", selection)
     order = _check_order(order, factors.system.order)
-    job = _Job(order, factors.form, factors.horizon, selection, generator, factors.bounded)
+    job = _Job(order, factors.form, factors.horizon, selection, generator, factors.source)
     return _truncate(factors, job)
 
 
@@ -161,7 +162,15 @@ class _Job:
     horizon: int | None
     selection: Selection
     generator: torch.Generator | None
-    bounded: bool
+    source: Source
+
+    @property
+    def stable(self) -> bool:
+        return self.source == "stable" or self.exact
+
+    @property
+    def exact(self) -> bool:
+        return self.source == "system" and self.horizon is None
 
 
 def _check_order(order: int, n: int) -> int:
@@ -205,9 +214,14 @@ def _reduce_all(balancing: Balancing, job: _Job) -> tuple[list[ModalForm], list[
     for index in range(len(balancing.sigma)):
         form, clamped = _reduce(balancing.single(index), job)
         forms.append(form)
-        if clamped:
+        if clamped and job.source == "system" and _is_inside(balancing.system, index):
             unstable.append(index)
     return forms, unstable
+
+
+def _is_inside(system: DiagonalLTI, index: int) -> bool:
+    """On the circle there is no infinite-horizon reduction to compare with."""
+    return bool((unit_gap(system.eigenvalues[index]) > 0).all())
 
 
 def _reduce(balancing: Balancing, job: _Job) -> tuple[ModalForm, bool]:
@@ -220,7 +234,7 @@ def _reduce(balancing: Balancing, job: _Job) -> tuple[ModalForm, bool]:
         form, clamped = no_states(system, kept, job.order), False
     else:
         modes = _modes(balancing, kept, job.order).canonical()
-        form, clamped = stabilised(modes, system, job.horizon)
+        form, clamped = stabilised(modes, system, promised=job.stable)
         missing = job.order - form.system.order
         form = form.joined(spare_states(system, missing)) if missing else form
     return job.form.finished(form), clamped
@@ -281,7 +295,7 @@ def _assemble(forms: Sequence[ModalForm], sigma: Tensor, job: _Job, batch: torch
     kept, lost = (sigma * mask).sum(-1), (sigma * ~mask).sum(-1)
     total = kept + lost
     energy = torch.where(total > 0, kept / total, 1.0)
-    certain = job.bounded and job.horizon is None and job.selection == "largest"
+    certain = job.exact and job.selection == "largest"
     return Reduction(
         system=DiagonalLTI.stack([form.system for form in forms]).each(unflattened),
         basis=ChangeOfBasis.stack([form.basis for form in forms]).each(unflattened),
