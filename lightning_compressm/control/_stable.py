@@ -16,9 +16,7 @@ __all__ = ["output_error", "stabilised"]
 _ROUNDING = 1e-8  # how far outside the unit circle a pole may land by rounding alone
 
 
-def stabilised(
-    form: ModalForm, original: DiagonalLTI, *, promised: bool
-) -> tuple[ModalForm, bool]:
+def stabilised(form: ModalForm, original: DiagonalLTI, *, promised: bool) -> tuple[ModalForm, bool]:
     """Clamp radii to the largest original one, or to 1; tell whether that was necessary.
 
     Args:

@@ -68,7 +68,7 @@ class BalanceForm(ABC):
             ValueError: If the form can't tell; a form of your own has to say how.
         """
         raise ValueError(
-            f"expected a balance that task-aware Gramians exist for, got {self.name!r}; use 'real', "
+            f"expected a balance that can be made from data, got {self.name!r}; use 'real', "
             "'folded' or 'complex', or give your form an `of_moments`"
         )
 

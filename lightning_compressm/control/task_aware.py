@@ -181,12 +181,14 @@ def _mixed(form: BalanceForm, seen: Tensor, own: Tensor, share: float) -> Tensor
     # A channel without a signal in these batches may have one in others.
     least = torch.where(ratio > 0, ratio, torch.inf).amin()
     ratio = torch.where(ratio > 0, ratio, least)
-    return (1 - share) * seen + (share * ratio)[..., None, None] * own
+    mixed: Tensor = (1 - share) * seen + (share * ratio)[..., None, None] * own
+    return mixed
 
 
 def _energy(form: BalanceForm, gramian: Tensor) -> Tensor:
     """What a Gramian says of each complex state, (..., N)."""
-    return _diagonal(gramian).unflatten(-1, (form.states_each, -1)).sum(-2)
+    diagonal = _diagonal(gramian)
+    return diagonal.view(*diagonal.shape[:-1], form.states_each, -1).sum(-2)
 
 
 def _diagonal(matrix: Tensor) -> Tensor:
@@ -204,7 +206,8 @@ def _dissipative(poles: Tensor, gramian: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh((residual + residual.mH) / 2)
     positive = (vectors * values.clamp(min=0).unsqueeze(-2)) @ vectors.mH
     solved = positive * scale.unsqueeze(-1) * scale.unsqueeze(-2) / factor
-    return (solved + solved.mH) / 2
+    hermitian: Tensor = (solved + solved.mH) / 2
+    return hermitian
 
 
 def _poles(form: BalanceForm, system: DiagonalLTI) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -194,14 +194,13 @@ class Family(FamilyBase):
             Real tensors of two or three dimensions, as they are: the second one gets a gradient.
         """
         returned = output if isinstance(output, tuple | list) else (output,)
-        pair = [
-            next((t for t in values if torch.is_tensor(t)), None)
-            for values in ((*args, *kwargs.values()), returned)
-        ]
-        if any(t is None or t.ndim not in (2, 3) or not t.is_floating_point() for t in pair):
+        inputs, response = _first_tensor((*args, *kwargs.values())), _first_tensor(returned)
+        if inputs is None or response is None or inputs.ndim != response.ndim:
             return None
-        inputs, response = pair
-        return (inputs, response) if inputs.ndim == response.ndim else None
+        if inputs.ndim not in (2, 3):
+            return None
+        real = inputs.is_floating_point() and response.is_floating_point()
+        return (inputs, response) if real else None
 
     def moment_rules(
         self, module: nn.Module, reduction: Reduction, values: Mapping[str, Tensor]
@@ -229,6 +228,10 @@ class Family(FamilyBase):
             for name, value in self.write(module, system).items()
         }
         return SurgeryPlan(edits, self.attributes(module, system.order))
+
+
+def _first_tensor(values: Iterable[Any]) -> Tensor | None:
+    return next((value for value in values if torch.is_tensor(value)), None)
 
 
 def _is_computed(module: nn.Module, name: str) -> bool:

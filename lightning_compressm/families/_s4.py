@@ -78,12 +78,6 @@ class S4KernelFamily(Family):
 
     low_rank: ClassVar[bool]
 
-    def sequences(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
-    ) -> tuple[Tensor, Tensor] | None:
-        """None: a kernel sees no sequence."""
-        return None
-
     def matches(self, module: nn.Module) -> bool:
         """Whether the tensors are there, with shapes that fit together."""
         names, own = names_of(module), _own(module)
@@ -122,6 +116,12 @@ class S4KernelFamily(Family):
                 f"{copies} that channels share: these have no common basis",
             )
         self.discretization(module)
+
+    def sequences(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+    ) -> tuple[Tensor, Tensor] | None:
+        """None: a kernel sees no sequence."""
+        return None
 
     @abstractmethod
     def discretization(self, module: nn.Module) -> str:

@@ -20,9 +20,9 @@ _BLOCK_BYTES = 32 << 20  # of states at a time: enough for large products, littl
 def state_moments(
     eigenvalues: Tensor, weight: Tensor, signals: Tensor, *, reverse: bool = False
 ) -> Tensor:
-    r"""Return :math:`\sum_k z_k z_k^T`, :math:`z = [\mathrm{Re}\, x; \mathrm{Im}\, x]`, of states x.
+    r"""Return :math:`\sum_k z_k z_k^T` with :math:`z = [\mathrm{Re}\, x; \mathrm{Im}\, x]`.
 
-    They follow :math:`x_k = \lambda \odot x_{k-1} + W v_k` from the zero state, or with ``reverse``
+    The states x follow :math:`x_k = \lambda \odot x_{k-1} + W v_k` from the zero state, or with ``reverse``
     :math:`x_k = \lambda \odot x_{k+1} + W v_k`: the adjoint of a layer with input matrix B and
     output matrix C, whose output has the gradient v, for the eigenvalues :math:`\bar\lambda` and
     :math:`W = C^H`. States are computed by :func:`~lightning_compressm.nn.scan.linear_recurrence`,
@@ -63,7 +63,7 @@ def state_moments(
     with full_precision(device):
         for rows, fits in _row_blocks(signals, poles.numel() * real.itemsize * 2):
             state = None
-            for steps in (rows.flip(1) if reverse else rows).split(fits, 1):
+            for steps in torch.split(rows.flip(1) if reverse else rows, fits, 1):
                 run = linear_recurrence(poles, _driven(steps.to(real), columns), state)
                 state = run[:, -1]
                 total += _products(run, total.shape)
@@ -75,7 +75,7 @@ def _row_blocks(signals: Tensor, bytes_per_step: int) -> Iterator[tuple[Tensor, 
     """Some sequences, and how many steps of them fit at a time."""
     length = signals.shape[1]
     count = max(1, _BLOCK_BYTES // (length * bytes_per_step))
-    for rows in signals.split(count):
+    for rows in torch.split(signals, count):
         yield rows, max(1, min(length, _BLOCK_BYTES // (len(rows) * bytes_per_step)))
 
 
@@ -83,7 +83,7 @@ def _driven(steps: Tensor, columns: Tensor) -> Tensor:
     """``W v_k``, (batch, L, N) complex; for a bank the states of all channels side by side."""
     if columns.ndim == 3:
         driven = steps @ columns.permute(1, 0, 2).flatten(1)
-        return torch.view_as_complex(driven.unflatten(-1, (-1, 2)))
+        return torch.view_as_complex(driven.view(*driven.shape[:-1], -1, 2))
     return torch.view_as_complex(steps[..., None, None] * columns[:, :, 0]).flatten(2)
 
 

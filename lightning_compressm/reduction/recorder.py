@@ -148,6 +148,7 @@ class _Hook:
 
 
 def silent() -> Callable[..., None]:
+    """What a hook becomes in a copy or a file of a module."""
     return _ignore
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_compressm._rules import COUNT
 from lightning_compressm.control import DiagonalLTI
 from lightning_compressm.control.task_aware import TaskGramians
 from lightning_compressm.errors import CompreSSMError
@@ -21,8 +22,6 @@ from lightning_compressm.reduction.output_check import explains
 from lightning_compressm.reduction.recorder import Kept, silent
 
 __all__ = ["TaskRecorder"]
-
-MAX_STEPS = 16384  # of a call that count: whole sequences, the first ones
 
 
 class TaskRecorder:
@@ -37,8 +36,8 @@ class TaskRecorder:
 
     A layer's system is read when recording starts, so its state dimension must not change before
     the end; optimizer steps in between make the Gramians those of a somewhat older layer.
-    Recording adds two scans and two products of states to the backward pass, for at most 16384
-    steps of a call. A model that was compiled before recording starts does not tell of its layers.
+    Recording adds two scans and two products of states to the backward pass, which then takes a few
+    times as long. A model that was compiled before recording starts does not tell of its layers.
 
     Layers without such Gramians are named in :attr:`unavailable`; they have the Gramians of their
     systems: selective layers; layers whose module does not map sequences, as kernels of
@@ -51,11 +50,16 @@ class TaskRecorder:
         layers: to listen to.
         scale: by what the loss is multiplied, as a gradient scaler does; may be set anew between
             backward passes. It changes the scale of Q only.
+        max_steps: steps of a call that count, >= 1: its first sequences, whole ones, at least one.
 
     Attributes:
         unavailable: layer name -> why it has no Gramians of the task; layers that were not called
             are in neither.
         scale: as given.
+        max_steps: as given.
+
+    Raises:
+        ValueError: if ``max_steps`` is not an integer >= 1.
 
     Example:
         >>> import torch
@@ -68,8 +72,11 @@ class TaskRecorder:
         (torch.Size([16, 16]), tensor(40., dtype=torch.float64))
     """
 
-    def __init__(self, layers: Mapping[str, SSMLayer], *, scale: float = 1.0) -> None:
-        self.scale = scale
+    def __init__(
+        self, layers: Mapping[str, SSMLayer], *, scale: float = 1.0, max_steps: int = 8192
+    ) -> None:
+        COUNT.check("max_steps", max_steps)
+        self.scale, self.max_steps = scale, max_steps
         self.unavailable: dict[str, str] = {}
         self._sums: dict[str, TaskGramians] = {}
         self._open: dict[str, _Listener] = {}
@@ -93,7 +100,8 @@ class TaskRecorder:
 
     def watch(self, output: Tensor, hook: Callable[[Tensor], None]) -> None:
         """Call the hook when the gradient of an output is there, as long as this is attached."""
-        self._handles.append(output.register_hook(hook))
+        handle: RemovableHandle = output.register_hook(hook)  # type: ignore[no-untyped-call]
+        self._handles.append(handle)
 
     def close(self) -> None:
         """Detach from all layers, and from outputs whose gradient is still to come."""
@@ -135,7 +143,7 @@ class _Listener:
     recorder: TaskRecorder
     layer: SSMLayer
     system: DiagonalLTI
-    checked: bool = field(default=False)
+    checked: bool = False
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -186,7 +194,7 @@ class _Listener:
             )
             return
         u, g = self._rows(inputs.tensor), self._rows(gradient)
-        count = max(1, MAX_STEPS // u.shape[1])
+        count = max(1, self.recorder.max_steps // u.shape[1])
         u, g = u[:count], _widened(g[:count]) / self.recorder.scale
         s = self.system
         found = TaskGramians(

@@ -41,8 +41,9 @@ def own_task(system: DiagonalLTI, horizon: int | None = None) -> TaskGramians:
 @given(systems(max_order=10, max_radius=0.9999), st.integers(1, 6), st.data())
 def test_every_truncation_is_stable(system, rank, data):
     task = random_task(system, rank, data.draw(st.integers(0, 1000)))
-    form, balance = data.draw(st.sampled_from(["stable", "blend"])), data.draw(
-        st.sampled_from(BALANCES)
+    form, balance = (
+        data.draw(st.sampled_from(["stable", "blend"])),
+        data.draw(st.sampled_from(BALANCES)),
     )
     factors = factorise_task(system, task, form, balance=balance, horizon=30)
     for order in range(1, system.order + 1):

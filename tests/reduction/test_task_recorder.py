@@ -170,10 +170,9 @@ def test_time_is_where_the_family_says():
     assert close(recorder.gramians[""].Q, q)
 
 
-def test_long_batches_count_in_part(monkeypatch):
-    monkeypatch.setattr("lightning_compressm.reduction.task_recorder.MAX_STEPS", 50)
+def test_long_batches_count_in_part():
     layer, inputs = LRU(3, 4), torch.randn(9, 20, 3)
-    with TaskRecorder(find_ssm_layers(layer)) as recorder:
+    with TaskRecorder(find_ssm_layers(layer), max_steps=50) as recorder:
         loss_of(layer(inputs)).backward()
     found = recorder.gramians[""]
     assert float(found.steps) == 40
@@ -204,10 +203,16 @@ def test_a_gradient_that_is_not_finite_does_not_count():
 def test_nothing_is_left_behind():
     """After a failure, and for a gradient that arrives after the end."""
     layer, inputs = LRU(3, 4), torch.randn(2, 20, 3)
-    with pytest.raises(KeyError), TaskRecorder(find_ssm_layers(layer)) as recorder:
-        late = layer(inputs)
-        raise KeyError
-    loss_of(late).backward()
+    recorder, outputs = TaskRecorder(find_ssm_layers(layer)), []
+
+    def failing():
+        with recorder:
+            outputs.append(layer(inputs))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        failing()
+    loss_of(outputs[0]).backward()
     loss_of(layer(inputs)).backward()
     assert not layer._forward_hooks
     assert recorder.gramians == {}
