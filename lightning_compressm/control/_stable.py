@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import torch
 
+from lightning_compressm.control._kernel import unit_gap
 from lightning_compressm.control._modal import ModalForm
 from lightning_compressm.control.gramians import impulse_energy
 from lightning_compressm.control.system import DiagonalLTI
 from lightning_compressm.errors import UnstableSystemError
 
-__all__ = ["output_error", "stabilised"]
+__all__ = ["is_inside", "output_error", "stabilised"]
 
 _ROUNDING = 1e-8  # how far outside the unit circle a pole may land by rounding alone
 
@@ -42,6 +43,11 @@ def stabilised(form: ModalForm, original: DiagonalLTI, *, promised: bool) -> tup
         )
     clamped = eigenvalues * torch.where(outside, limit / radius, 1)
     return replace(form, system=replace(form.system, eigenvalues=clamped)), not promised
+
+
+def is_inside(systems: DiagonalLTI, index: int) -> bool:
+    """On the circle there is no infinite-horizon reduction to compare with."""
+    return bool((unit_gap(systems.eigenvalues[index]) > 0).all())
 
 
 def output_error(system: DiagonalLTI, reduced: DiagonalLTI, horizon: int) -> float:

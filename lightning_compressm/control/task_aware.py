@@ -235,4 +235,5 @@ def _from_modes(form: BalanceForm, gramian: Tensor) -> Tensor:
 def _turn(gramian: Tensor) -> Tensor:
     eye = torch.eye(gramian.shape[-1] // 2, dtype=torch.complex128, device=gramian.device)
     rows = torch.cat([eye, 1j * eye], 1), torch.cat([eye, -1j * eye], 1)
-    return torch.cat(rows) * 0.5**0.5
+    turn: Tensor = torch.cat(rows) * 0.5**0.5
+    return turn

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from lightning_compressm._precision import back_to
 from lightning_compressm._rules import one_of
-from lightning_compressm.control._kernel import unit_gap
 from lightning_compressm.control._modal import ModalForm, all_states, no_states, spare_states
-from lightning_compressm.control._stable import output_error, stabilised
+from lightning_compressm.control._stable import is_inside, output_error, stabilised
 from lightning_compressm.control.balance import Balance, BalanceForm
 from lightning_compressm.control.basis import ChangeOfBasis
 from lightning_compressm.control.hankel import NEGLIGIBLE, Balancing, Factors, Source, factorise
@@ -165,10 +164,6 @@ class _Job:
     source: Source
 
     @property
-    def stable(self) -> bool:
-        return self.source == "stable" or self.exact
-
-    @property
     def exact(self) -> bool:
         return self.source == "system" and self.horizon is None
 
@@ -214,14 +209,9 @@ def _reduce_all(balancing: Balancing, job: _Job) -> tuple[list[ModalForm], list[
     for index in range(len(balancing.sigma)):
         form, clamped = _reduce(balancing.single(index), job)
         forms.append(form)
-        if clamped and job.source == "system" and _is_inside(balancing.system, index):
+        if clamped and job.source == "system" and is_inside(balancing.system, index):
             unstable.append(index)
     return forms, unstable
-
-
-def _is_inside(system: DiagonalLTI, index: int) -> bool:
-    """On the circle there is no infinite-horizon reduction to compare with."""
-    return bool((unit_gap(system.eigenvalues[index]) > 0).all())
 
 
 def _reduce(balancing: Balancing, job: _Job) -> tuple[ModalForm, bool]:
@@ -234,7 +224,7 @@ def _reduce(balancing: Balancing, job: _Job) -> tuple[ModalForm, bool]:
         form, clamped = no_states(system, kept, job.order), False
     else:
         modes = _modes(balancing, kept, job.order).canonical()
-        form, clamped = stabilised(modes, system, promised=job.stable)
+        form, clamped = stabilised(modes, system, promised=job.exact or job.source == "stable")
         missing = job.order - form.system.order
         form = form.joined(spare_states(system, missing)) if missing else form
     return job.form.finished(form), clamped

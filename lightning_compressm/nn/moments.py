@@ -22,9 +22,10 @@ def state_moments(
 ) -> Tensor:
     r"""Return :math:`\sum_k z_k z_k^T` with :math:`z = [\mathrm{Re}\, x; \mathrm{Im}\, x]`.
 
-    The states x follow :math:`x_k = \lambda \odot x_{k-1} + W v_k` from the zero state, or with ``reverse``
-    :math:`x_k = \lambda \odot x_{k+1} + W v_k`: the adjoint of a layer with input matrix B and
-    output matrix C, whose output has the gradient v, for the eigenvalues :math:`\bar\lambda` and
+    The states x follow :math:`x_k = \lambda \odot x_{k-1} + W v_k` from the zero state, or with
+    ``reverse`` :math:`x_k = \lambda \odot x_{k+1} + W v_k`: the adjoint of a layer with input
+    matrix B and output matrix C, whose output has the gradient v, for eigenvalues
+    :math:`\bar\lambda` and
     :math:`W = C^H`. States are computed by :func:`~lightning_compressm.nn.scan.linear_recurrence`,
     in blocks of bounded memory, in the precision of the signals and float32 at least; blocks are
     added up in float64. Autocast changes nothing.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_compressm._precision import double
+from lightning_compressm._precision import double, wide_dtype
 from lightning_compressm.control import DiagonalLTI
 from lightning_compressm.nn._autocast import full_precision
 from lightning_compressm.nn.scan import linear_recurrence
@@ -58,7 +58,8 @@ def _response(system: DiagonalLTI, u: Tensor) -> Tensor:
     """``Re(C x)``, sequence by sequence."""
     kind = u.dtype.to_complex()
     s = system.each(lambda tensor: tensor.to(u.device))
-    eigenvalues, B, C = s.eigenvalues.flatten(), s.B.to(kind), s.C.to(kind)
+    wide = wide_dtype(u.device).to_complex()
+    eigenvalues, B, C = s.eigenvalues.flatten().to(wide), s.B.to(kind), s.C.to(kind)
     outputs = []
     for row in u.to(kind):
         if not s.batch_shape:
