@@ -37,7 +37,8 @@ class TaskRecorder:
     A layer's system is read when recording starts, so its state dimension must not change before
     the end; optimizer steps in between make the Gramians those of a somewhat older layer.
     Recording adds two scans and two products of states to the backward pass: on a CPU a step takes
-    two to three times as long for one system, some ten times for a bank with many channels. A model that was compiled before recording starts does not tell of its layers.
+    two to three times as long for one system, some ten times for a bank with many channels. A
+    model that was compiled before recording starts does not tell of its layers.
 
     Layers without such Gramians are named in :attr:`unavailable`; they have the Gramians of their
     systems: selective layers; layers whose module does not map sequences, as kernels of
