@@ -33,6 +33,11 @@ class Gramian:
     rows: Tensor
     horizon: int | None
 
+    @classmethod
+    def of(cls, matrix: Tensor) -> Gramian:
+        """A semi-definite matrix that no eigenvalues and rows are known to give."""
+        return cls(matrix, matrix[..., 0], matrix, horizon=1)
+
     def factor(self) -> Tensor:
         """Return ``L`` with ``matrix = L L^H``, by Cholesky's method where that succeeds.
 

@@ -12,36 +12,42 @@ from lightning_compressm.control.gramians import impulse_energy
 from lightning_compressm.control.system import DiagonalLTI
 from lightning_compressm.errors import UnstableSystemError
 
-__all__ = ["output_error", "stabilised"]
+__all__ = ["is_inside", "output_error", "stabilised"]
 
 _ROUNDING = 1e-8  # how far outside the unit circle a pole may land by rounding alone
 
 
-def stabilised(
-    form: ModalForm, original: DiagonalLTI, horizon: int | None
-) -> tuple[ModalForm, bool]:
-    """Clamp radii to the largest original one, or to 1; tell whether a better one may exist.
+def stabilised(form: ModalForm, original: DiagonalLTI, *, promised: bool) -> tuple[ModalForm, bool]:
+    """Clamp radii to the largest original one, or to 1; tell whether that was necessary.
+
+    Args:
+        form: A reduction.
+        original: Of this system.
+        promised: Whether theory promises stability; then all that may have gone wrong is rounding.
 
     Raises:
-        UnstableSystemError: If the horizon is infinite, where theory promises stability.
+        UnstableSystemError: If it is unstable all the same.
     """
     eigenvalues = form.system.eigenvalues
     radius, limit = eigenvalues.abs(), original.eigenvalues.abs().max().clamp(max=1)
     # A pole ten times closer to the circle than any before would not survive single precision.
-    allowed = 1.0 if horizon is None else float(1 - (1 - limit) / 10)
+    allowed = 1.0 if promised else float(1 - (1 - limit) / 10)
     outside = radius >= allowed
     if not bool(outside.any()):
         return form, False
     largest = float(radius.max())
-    if horizon is None and largest > 1 + _ROUNDING:
+    if promised and largest > 1 + _ROUNDING:
         raise UnstableSystemError(
             f"expected a stable reduced system, got a pole of modulus {largest:.9g} at order "
             f"{form.system.order}; keep the layer, or choose another order"
         )
     clamped = eigenvalues * torch.where(outside, limit / radius, 1)
-    # On the circle there is no infinite-horizon reduction to compare with.
-    comparable = horizon is not None and bool((unit_gap(original.eigenvalues) > 0).all())
-    return replace(form, system=replace(form.system, eigenvalues=clamped)), comparable
+    return replace(form, system=replace(form.system, eigenvalues=clamped)), not promised
+
+
+def is_inside(systems: DiagonalLTI, index: int) -> bool:
+    """On the circle there is no infinite-horizon reduction to compare with."""
+    return bool((unit_gap(systems.eigenvalues[index]) > 0).all())
 
 
 def output_error(system: DiagonalLTI, reduced: DiagonalLTI, horizon: int) -> float:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import ClassVar, Literal, TypeVar
 
+import torch
 from torch import Tensor
 
 from lightning_compressm._rules import one_of
@@ -66,6 +67,21 @@ class BalanceForm(ABC):
     @abstractmethod
     def gramians(self, system: DiagonalLTI, horizon: int | None) -> tuple[Tensor, Tensor]:
         """Gramians P and Q of what :meth:`written` gives, (..., M, M), M = N ``states_each``."""
+
+    def of_moments(self, system: DiagonalLTI, moments: Tensor) -> Tensor:
+        """Second moments of the states of what :meth:`written` gives, (..., M, M).
+
+        Args:
+            system: As it was given.
+            moments: Those of ``[Re x; Im x]`` of its states x, (..., 2N, 2N).
+
+        Raises:
+            ValueError: If the form can't tell; a form of your own has to say how.
+        """
+        raise ValueError(
+            f"expected a balance that can be made from data, got {self.name!r}; use 'real', "
+            "'folded' or 'complex', or give your form an `of_moments`"
+        )
 
     @abstractmethod
     def modes(
@@ -139,6 +155,10 @@ class Real(BalanceForm):
         """Symmetric, float64."""
         return real_gramians(system, horizon=horizon)
 
+    def of_moments(self, system: DiagonalLTI, moments: Tensor) -> Tensor:
+        """As they are."""
+        return moments
+
     def modes(
         self, system: DiagonalLTI, t_l: Tensor, t_r: Tensor, kept: Tensor, order: int
     ) -> ModalForm:
@@ -165,6 +185,15 @@ class _ComplexState(BalanceForm):
     def gramians(self, system: DiagonalLTI, horizon: int | None) -> tuple[Tensor, Tensor]:
         """Hermitian, complex128."""
         return gramians(system, horizon=horizon)
+
+    def of_moments(self, system: DiagonalLTI, moments: Tensor) -> Tensor:
+        """Sums of ``x x^H``, with the states conjugated that the form conjugates."""
+        mirrored = self.written(system).eigenvalues.imag != system.eigenvalues.imag
+        sign = torch.where(mirrored, -1.0, 1.0).to(moments)
+        upper, lower = moments.chunk(2, -2)
+        (re_re, re_im), (im_re, im_im) = upper.chunk(2, -1), lower.chunk(2, -1)
+        column, row = sign.unsqueeze(-1), sign.unsqueeze(-2)
+        return torch.complex(re_re + column * im_im * row, column * im_re - re_im * row)
 
     def modes(
         self, system: DiagonalLTI, t_l: Tensor, t_r: Tensor, kept: Tensor, order: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from lightning_compressm.errors import NonFiniteError
 __all__ = [
     "Balancing",
     "Factors",
+    "Source",
     "factorise",
     "hankel_singular_values",
     "per_state_energy",
@@ -28,6 +29,8 @@ __all__ = [
 
 NEGLIGIBLE = 1e-14  # a Hankel singular value below this share of the largest one is rounding
 _T = TypeVar("_T")
+
+Source = Literal["system", "stable", "data"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +83,8 @@ class Factors:
         horizon: Number of steps, or None.
         controllability: ``L_P`` as in :class:`Balancing`, square.
         observability: ``L_Q``, square.
+        source: What the Gramians are from: the "system"; data, in a form that makes truncations
+            "stable"; or just "data". Only infinite ones of the system bound the error.
     """
 
     system: DiagonalLTI
@@ -87,6 +92,7 @@ class Factors:
     horizon: int | None
     controllability: Tensor
     observability: Tensor
+    source: Source = "system"
 
     @classmethod
     def of(cls, system: DiagonalLTI, form: BalanceForm, horizon: int | None) -> Factors:

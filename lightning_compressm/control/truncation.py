@@ -13,10 +13,10 @@ from torch import Tensor
 from lightning_compressm._precision import back_to
 from lightning_compressm._rules import one_of
 from lightning_compressm.control._modal import ModalForm, all_states, no_states, spare_states
-from lightning_compressm.control._stable import output_error, stabilised
+from lightning_compressm.control._stable import is_inside, output_error, stabilised
 from lightning_compressm.control.balance import Balance, BalanceForm
 from lightning_compressm.control.basis import ChangeOfBasis
-from lightning_compressm.control.hankel import NEGLIGIBLE, Balancing, Factors, factorise
+from lightning_compressm.control.hankel import NEGLIGIBLE, Balancing, Factors, Source, factorise
 from lightning_compressm.control.system import DiagonalLTI
 from lightning_compressm.errors import NonFiniteError
 
@@ -39,7 +39,7 @@ class Reduction:
         basis: The maps between the N original states and those of ``system``, complex128.
         sigma: All Hankel singular values, ``(..., 2N)`` for "real", else ``(..., N)``, float64.
         bound: Upper bound ``2 * sum(discarded sigma)`` of the H-infinity error, shape ``(...)``;
-            None where no theorem holds (time-limited, or not the largest states kept).
+            None where no theorem holds (time-limited, from data, or not the largest states kept).
         energy_kept: Share of the sum of sigma that was kept, shape ``(...)``, in [0, 1].
         horizon: As used: None also where the infinite-horizon reduction, being better and stable,
             replaced the time-limited one of every system.
@@ -150,7 +150,8 @@ def truncate(
     """
     one_of(*get_args(Selection)).check("selection", selection)
     order = _check_order(order, factors.system.order)
-    return _truncate(factors, _Job(order, factors.form, factors.horizon, selection, generator))
+    job = _Job(order, factors.form, factors.horizon, selection, generator, factors.source)
+    return _truncate(factors, job)
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,11 @@ class _Job:
     horizon: int | None
     selection: Selection
     generator: torch.Generator | None
+    source: Source
+
+    @property
+    def exact(self) -> bool:
+        return self.source == "system" and self.horizon is None
 
 
 def _check_order(order: int, n: int) -> int:
@@ -203,7 +209,7 @@ def _reduce_all(balancing: Balancing, job: _Job) -> tuple[list[ModalForm], list[
     for index in range(len(balancing.sigma)):
         form, clamped = _reduce(balancing.single(index), job)
         forms.append(form)
-        if clamped:
+        if clamped and job.source == "system" and is_inside(balancing.system, index):
             unstable.append(index)
     return forms, unstable
 
@@ -218,7 +224,7 @@ def _reduce(balancing: Balancing, job: _Job) -> tuple[ModalForm, bool]:
         form, clamped = no_states(system, kept, job.order), False
     else:
         modes = _modes(balancing, kept, job.order).canonical()
-        form, clamped = stabilised(modes, system, job.horizon)
+        form, clamped = stabilised(modes, system, promised=job.exact or job.source == "stable")
         missing = job.order - form.system.order
         form = form.joined(spare_states(system, missing)) if missing else form
     return job.form.finished(form), clamped
@@ -279,7 +285,7 @@ def _assemble(forms: Sequence[ModalForm], sigma: Tensor, job: _Job, batch: torch
     kept, lost = (sigma * mask).sum(-1), (sigma * ~mask).sum(-1)
     total = kept + lost
     energy = torch.where(total > 0, kept / total, 1.0)
-    certain = job.horizon is None and job.selection == "largest"
+    certain = job.exact and job.selection == "largest"
     return Reduction(
         system=DiagonalLTI.stack([form.system for form in forms]).each(unflattened),
         basis=ChangeOfBasis.stack([form.basis for form in forms]).each(unflattened),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -176,6 +176,32 @@ class Family(FamilyBase):
     def write(self, module: nn.Module, system: DiagonalLTI) -> dict[str, Tensor]:
         """The layer's tensors (all names of :meth:`state_axes`) that realise ``system``."""
 
+    def sequences(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+    ) -> tuple[Tensor, Tensor] | None:
+        """Input and output of the system in a call of the layer; ``None`` if there are none.
+
+        Task-aware Gramians are recorded from both. The default takes the first tensor of the call
+        and of what it returns, with time at ``length_dim`` and channels last (or beside it).
+
+        Args:
+            module: the layer.
+            args: of the call.
+            kwargs: of the call.
+            output: what it returned.
+
+        Returns:
+            Real tensors of two or three dimensions, as they are: the second one gets a gradient.
+        """
+        returned = output if isinstance(output, tuple | list) else (output,)
+        inputs, response = _first_tensor((*args, *kwargs.values())), _first_tensor(returned)
+        if inputs is None or response is None or inputs.ndim != response.ndim:
+            return None
+        if inputs.ndim not in (2, 3):
+            return None
+        real = inputs.is_floating_point() and response.is_floating_point()
+        return (inputs, response) if real else None
+
     def moment_rules(
         self, module: nn.Module, reduction: Reduction, values: Mapping[str, Tensor]
     ) -> dict[str, MomentRule]:
@@ -202,6 +228,10 @@ class Family(FamilyBase):
             for name, value in self.write(module, system).items()
         }
         return SurgeryPlan(edits, self.attributes(module, system.order))
+
+
+def _first_tensor(values: Iterable[Any]) -> Tensor | None:
+    return next((value for value in values if torch.is_tensor(value)), None)
 
 
 def _is_computed(module: nn.Module, name: str) -> bool:

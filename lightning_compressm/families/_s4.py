@@ -117,6 +117,12 @@ class S4KernelFamily(Family):
             )
         self.discretization(module)
 
+    def sequences(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+    ) -> tuple[Tensor, Tensor] | None:
+        """None: a kernel sees no sequence."""
+        return None
+
     @abstractmethod
     def discretization(self, module: nn.Module) -> str:
         """How the layer is discretized; refuses what is unknown."""

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_compressm.model.layers import SSMLayer
 
-__all__ = ["CallRecorder", "Kept", "Seen"]
+__all__ = ["CallRecorder", "Kept", "Seen", "silent"]
 
 
 @dataclass(frozen=True)
@@ -144,10 +144,11 @@ class _Hook:
         self._recorder.record(self._layer, args, kwargs)
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
-        return _silent, ()
+        return silent, ()
 
 
-def _silent() -> Callable[..., None]:
+def silent() -> Callable[..., None]:
+    """What a hook becomes in a copy or a file of a module."""
     return _ignore
 
 
