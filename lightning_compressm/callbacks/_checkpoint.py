@@ -42,6 +42,7 @@ class CallbackState:
     epoch: int
     sequences: dict[str, Any]
     rollback: dict[str, Any]
+    speed: dict[str, list[int]]
     pending: Decision | None
 
 
@@ -59,6 +60,7 @@ def read_state(saved: object) -> CallbackState:
         epoch=_entry(saved, "epoch", _plain.integer),
         sequences=_entry(saved, "sequences", _sequences),
         rollback=_entry(saved, "rollback", _rollback),
+        speed=_entry(saved, "speed", _speed),
         pending=_entry(saved, "pending", _pending),
     )
 
@@ -134,6 +136,15 @@ def _spectra(value: Any) -> list[dict[str, Any]]:
 
 def _pending(value: Any) -> Decision | None:
     return None if value is None else Decision.from_dict(value)
+
+
+def _speed(value: Any) -> dict[str, list[int]]:
+    """States before the first cut, and now, of each parameter whose steps are lengthened."""
+    dims = {_plain.text(name): _plain.items(pair) for name, pair in _plain.mapping(value).items()}
+    for full, now in dims.values():
+        if not 1 <= _plain.integer(now) < _plain.integer(full):
+            raise ValueError(f"expected fewer states than {full}, at least 1; got {now}")
+    return dims
 
 
 def _rollback(value: Any) -> dict[str, Any]:

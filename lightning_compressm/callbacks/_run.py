@@ -17,6 +17,7 @@ from lightning_compressm.callbacks._checkpoint import CallbackState
 from lightning_compressm.callbacks._limits import fitting, is_last_step, total_steps
 from lightning_compressm.callbacks._ranks import decide_together
 from lightning_compressm.callbacks._rollback import RollbackGuard
+from lightning_compressm.callbacks._speed import SpeedKeeper
 from lightning_compressm.callbacks._strategy import swap
 from lightning_compressm.callbacks._watch import TrainingWatch
 from lightning_compressm.callbacks.schedule import Looks, Schedule
@@ -45,6 +46,7 @@ class ReductionRun:
         optimizer_state: what becomes of optimizer state.
         new_guard: makes what judges reductions by a validation metric.
         verbose: log a table of every event on rank 0.
+        learning_speed: whether steps get longer when a layer has lost states.
 
     Attributes:
         history: one dict for each event, in the order in which they happened.
@@ -66,11 +68,13 @@ class ReductionRun:
         optimizer_state: OptimizerStatePolicy,
         new_guard: Callable[[], RollbackGuard],
         verbose: bool,
+        learning_speed: bool = False,
     ) -> None:
         self.policy = policy
         self.optimizer_state: OptimizerStatePolicy = optimizer_state
         self.guard = new_guard()
         self.verbose = verbose
+        self.speed = SpeedKeeper(learning_speed)
         self.looks = Looks(schedule)
         self.watch = TrainingWatch(policy, batches)
         self.history: list[dict[str, Any]] = []
@@ -99,6 +103,7 @@ class ReductionRun:
     def leave(self, pl_module: pl.LightningModule) -> None:
         """Remember the weights at the end of a fit, however it came."""
         self.watch.detach()
+        self.speed.detach()
         self._left = _fingerprint(pl_module)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -117,6 +122,7 @@ class ReductionRun:
         self.looks.schedule = fitting(self.looks.schedule, trainer)
         self.looks.begin(trainer.global_step, lambda: total_steps(trainer), trainer.current_epoch)
         self._first_step = trainer.global_step
+        self.speed.attach(trainer)
         if self.looks.too_short:
             rank_zero_warn("CompreSSMCallback: the run is too short for a reduction.")
 
@@ -189,9 +195,11 @@ class ReductionRun:
         if self.pending is None:
             return
         decision, start = self.pending, time.perf_counter()
+        cuts = self.speed.cuts(pl_module, decision, self.layers)
         try:
             if decision.plan:
                 swap(trainer, pl_module, decision.plan, self.optimizer_state, self.guard.keep)
+                self.speed.follow(cuts)
                 decision = decision.took(time.perf_counter() - start)
         except TroubleError as trouble:
             rank_zero_warn(f"CompreSSMCallback: no reduction, the swap failed: {trouble.reason}")
@@ -204,6 +212,7 @@ class ReductionRun:
         if not self.guard.verdict:
             return False
         decision = self.guard.restore(trainer, pl_module, self.layers)
+        self.speed.go_back(decision, self.layers)
         self.pending = None
         self._record(decision)
         return True
@@ -225,6 +234,7 @@ class ReductionRun:
             "history": [dict(event) for event in self.history],
             "sequences": self.watch.state_dict(),
             "rollback": self.guard.state_dict(),
+            "speed": self.speed.state_dict(),
             "pending": None if self.pending is None else self.pending.to_dict(),
         }
 
@@ -235,6 +245,7 @@ class ReductionRun:
         self.history, self.pending = saved.history, saved.pending
         self.watch.load_state_dict(saved.sequences)
         self.guard.load_state_dict(saved.rollback)
+        self.speed.load_state_dict(saved.speed)
 
 
 def _fingerprint(module: nn.Module) -> Fingerprint:

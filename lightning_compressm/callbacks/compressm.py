@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from torch.optim import Optimizer
 
-from lightning_compressm._rules import COUNT, FLAG, one_of
+from lightning_compressm._rules import COUNT, FLAG, one_of, optional
 from lightning_compressm.callbacks._averages import (
     align_averages,
     average_to_current,
@@ -82,6 +82,9 @@ class CompreSSMCallback(Callback):
             for each rank; ``None`` for host memory, from where it goes into checkpoints.
         optimizer_state: ``"transport"`` carries optimizer moments through the change of basis,
             ``"truncate"`` slices them, ``"reset"`` drops them.
+        learning_speed: multiply the steps of a cut layer's parameters by N / r, never beyond the
+            highest learning rate of another group (Adam and its kin; others are left alone). Not at
+            all where all is in one group. ``None``: only without a target of your own.
         verbose: log a table of every event on rank 0.
 
     Attributes:
@@ -96,12 +99,8 @@ class CompreSSMCallback(Callback):
 
     Example:
         >>> from lightning.pytorch import Trainer
-        >>> trainer = Trainer(
-        ...     accelerator="cpu",
-        ...     logger=False,
-        ...     enable_checkpointing=False,
-        ...     callbacks=[CompreSSMCallback(tolerance=0.05)],
-        ... )
+        >>> reduce = CompreSSMCallback(tolerance=0.05)
+        >>> trainer = Trainer(accelerator="cpu", logger=False, callbacks=[reduce])
     """
 
     def __init__(
@@ -131,10 +130,12 @@ class CompreSSMCallback(Callback):
         max_degradation: float = 0.02,
         rollback_dir: str | None = None,
         optimizer_state: OptimizerStatePolicy = "transport",
+        learning_speed: bool | None = None,
         verbose: bool = True,
     ) -> None:
         one_of(*get_args(OptimizerStatePolicy)).check("optimizer_state", optimizer_state)
         COUNT.check("calibration_batches", calibration_batches)
+        optional(FLAG).check("learning_speed", learning_speed)
         FLAG.check("verbose", verbose)
         self.policy = ReductionPolicy(
             tolerance=tolerance,
@@ -154,6 +155,7 @@ class CompreSSMCallback(Callback):
             max_output_error=max_output_error,
             trained_on=True,
         )
+        published = any(target is not None for target in (tolerance, fraction, state_dim))
         schedule = Schedule(window, every_n_epochs, every_n_steps)
         new_guard = partial(RollbackGuard, monitor, mode, max_degradation, rollback_dir)
         self._new_run = partial(
@@ -164,6 +166,7 @@ class CompreSSMCallback(Callback):
             optimizer_state,
             new_guard,
             verbose,
+            not published if learning_speed is None else learning_speed,
         )
         self._run = self._new_run()
         self._fitting = True  # a test of some checkpoint must not replace the history of training
