@@ -56,7 +56,7 @@ class SpeedKeeper:
         """What a decision is about to cut, read off before it is carried out."""
         found = []
         for event in decision.events:
-            if event.action == "reduce":
+            if event.action == "reduce" and event.layer in layers:
                 path, dims = layers[event.layer].path, (event.old_state_dim, event.new_state_dim)
                 names = state_parameters(model, decision.plan, path, *dims)
                 found.append(FollowedCut(names, *dims))

@@ -99,8 +99,7 @@ class CompreSSMCallback(Callback):
 
     Example:
         >>> from lightning.pytorch import Trainer
-        >>> reduce = CompreSSMCallback(tolerance=0.05)
-        >>> trainer = Trainer(accelerator="cpu", logger=False, callbacks=[reduce])
+        >>> trainer = Trainer(accelerator="cpu", logger=False, callbacks=[CompreSSMCallback()])
     """
 
     def __init__(
@@ -156,12 +155,11 @@ class CompreSSMCallback(Callback):
             trained_on=True,
         )
         published = any(target is not None for target in (tolerance, fraction, state_dim))
-        schedule = Schedule(window, every_n_epochs, every_n_steps)
         new_guard = partial(RollbackGuard, monitor, mode, max_degradation, rollback_dir)
         self._new_run = partial(
             ReductionRun,
             self.policy,
-            schedule,
+            Schedule(window, every_n_epochs, every_n_steps),
             calibration_batches,
             optimizer_state,
             new_guard,
@@ -280,8 +278,7 @@ class CompreSSMCallback(Callback):
             return
         state_dims = {name: dim for c in together for name, dim in c.state_dims.items()}
         history = sorted((e for c in together for e in c.history), key=lambda e: e["step"])
-        metrics = dimension_metrics(state_dims, history)
-        pl_module.log_dict(metrics, sync_dist=trainer.world_size > 1)
+        pl_module.log_dict(dimension_metrics(state_dims, history), sync_dist=trainer.world_size > 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Window, history and a committed but not yet executed plan; plain types and tensors."""
