@@ -264,7 +264,11 @@ def _is_inside(name: str, path: str) -> bool:
 
 def _consists_of_states(old: torch.Size, new: torch.Size, old_dim: int, new_dim: int) -> bool:
     changed = [(a, b) for a, b in zip(old, new, strict=False) if a != b]
-    return len(old) == len(new) and bool(changed) and all(a * new_dim == b * old_dim for a, b in changed)
+    return (
+        len(old) == len(new)
+        and bool(changed)
+        and all(a * new_dim == b * old_dim for a, b in changed)
+    )
 
 
 def _unit(optimizer: Optimizer) -> str:
