@@ -43,6 +43,7 @@ class CallbackState:
     sequences: dict[str, Any]
     trial: dict[str, Any]
     rollback: dict[str, Any]
+    speed: dict[str, list[int]]
     pending: Decision | None
 
 
@@ -61,6 +62,7 @@ def read_state(saved: object) -> CallbackState:
         sequences=_entry(saved, "sequences", _sequences),
         trial=_entry(saved, "trial", _trial),
         rollback=_entry(saved, "rollback", _rollback),
+        speed=_entry(saved, "speed", _speed),
         pending=_entry(saved, "pending", _pending),
     )
 
@@ -147,6 +149,15 @@ def _trial(value: Any) -> dict[str, Any]:
 
 def _pending(value: Any) -> Decision | None:
     return None if value is None else Decision.from_dict(value)
+
+
+def _speed(value: Any) -> dict[str, list[int]]:
+    """States before the first cut, and now, of each parameter whose steps are lengthened."""
+    dims = {_plain.text(name): _plain.items(pair) for name, pair in _plain.mapping(value).items()}
+    for full, now in dims.values():
+        if not 1 <= _plain.integer(now) < _plain.integer(full):
+            raise ValueError(f"expected fewer states than {full}, at least 1; got {now}")
+    return dims
 
 
 def _rollback(value: Any) -> dict[str, Any]:

@@ -18,12 +18,12 @@ from lightning_compressm.callbacks._checkpoint import CallbackState
 from lightning_compressm.callbacks._limits import fitting, is_last_step, total_steps
 from lightning_compressm.callbacks._ranks import decide_together
 from lightning_compressm.callbacks._rollback import RollbackGuard
+from lightning_compressm.callbacks._speed import SpeedKeeper
 from lightning_compressm.callbacks._strategy import swap
 from lightning_compressm.callbacks._trial import Batch, LossTrials
 from lightning_compressm.callbacks._watch import TrainingWatch
 from lightning_compressm.callbacks.schedule import Looks, Schedule
 from lightning_compressm.errors import NonFiniteError
-from lightning_compressm.families._base import tensor_of
 from lightning_compressm.model.layers import SSMLayer, select_layers
 from lightning_compressm.reduction.decide import decide
 from lightning_compressm.reduction.decision import Decision
@@ -31,7 +31,6 @@ from lightning_compressm.reduction.events import format_table
 from lightning_compressm.reduction.failures import TroubleError
 from lightning_compressm.reduction.policy import DEFAULT_TOLERANCE, ReductionPolicy
 from lightning_compressm.reduction.processes import Processes
-from lightning_compressm.surgery.learning_speed import LearningSpeed
 from lightning_compressm.surgery.optimizer import OptimizerStatePolicy
 
 __all__ = ["ReductionRun"]
@@ -48,15 +47,15 @@ class ReductionRun:
         batches: how many batches' inputs to keep for calibration.
         optimizer_state: what becomes of optimizer state.
         new_guard: makes what judges reductions by a validation metric.
-        learning_speed: let cut layers take longer steps.
         verbose: log a table of every event on rank 0.
+        learning_speed: whether steps get longer when a layer has lost states.
 
     Attributes:
         history: one dict for each event, in the order in which they happened.
         looks: the looks of this run.
         watch: what the layers see.
         trials: what reductions would cost.
-        speed: of learning after cuts; ``None`` to leave it as it is.
+        speed: of learning after cuts.
         pending: what was decided and not carried out yet.
         layers: name -> layer, as of the latest look.
         state_dims: layer name -> current state dimension; empty before training starts.
@@ -72,17 +71,17 @@ class ReductionRun:
         batches: int,
         optimizer_state: OptimizerStatePolicy,
         new_guard: Callable[[], RollbackGuard],
-        learning_speed: bool,
         verbose: bool,
+        learning_speed: bool = False,
     ) -> None:
         self.policy = policy
         self.optimizer_state: OptimizerStatePolicy = optimizer_state
         self.guard = new_guard()
         self.verbose = verbose
+        self.speed = SpeedKeeper(learning_speed)
         self.looks = Looks(schedule)
         self.watch = TrainingWatch(policy, batches)
         self.trials = LossTrials()
-        self.speed = LearningSpeed() if learning_speed else None
         self.history: list[dict[str, Any]] = []
         self.pending: Decision | None = None
         self.layers: Mapping[str, SSMLayer] = {}
@@ -109,8 +108,7 @@ class ReductionRun:
     def leave(self, pl_module: pl.LightningModule) -> None:
         """Remember the weights at the end of a fit, however it came."""
         self.watch.detach()
-        if self.speed is not None:
-            self.speed.leave()
+        self.speed.detach()
         self._left = _fingerprint(pl_module)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -130,7 +128,7 @@ class ReductionRun:
         self.looks.schedule = fitting(self.looks.schedule, trainer)
         self.looks.begin(trainer.global_step, lambda: total_steps(trainer), trainer.current_epoch)
         self._first_step = trainer.global_step
-        self._set_speed(trainer)
+        self.speed.attach(trainer)
         if self.looks.too_short:
             rank_zero_warn("CompreSSMCallback: the run is too short for a reduction.")
 
@@ -218,38 +216,27 @@ class ReductionRun:
         if self.pending is None:
             return
         decision, start = self.pending, time.perf_counter()
+        cuts = self.speed.cuts(pl_module, decision, self.layers)
         try:
             if decision.plan:
                 swap(trainer, pl_module, decision.plan, self.optimizer_state, self.guard.keep)
+                self.speed.follow(cuts)
                 decision = decision.took(time.perf_counter() - start)
         except TroubleError as trouble:
             rank_zero_warn(f"CompreSSMCallback: no reduction, the swap failed: {trouble.reason}")
             decision = decision.skipped(f"the swap failed: {trouble.reason}")
         self.pending = None
         self._record(decision)
-        self._set_speed(trainer)
 
     def roll_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         """Go back if the latest validation wants it; whether it did."""
         if not self.guard.verdict:
             return False
         decision = self.guard.restore(trainer, pl_module, self.layers)
+        self.speed.go_back(decision, self.layers)
         self.pending = None
         self._record(decision)
-        self._set_speed(trainer)
         return True
-
-    def _set_speed(self, trainer: pl.Trainer) -> None:
-        """Fewer states learn as fast together as all of them did."""
-        if self.speed is None:
-            return
-        shares = {
-            tensor_of(layer.module, tensor): self.trials.starts.get(name, dim) / dim
-            for name, layer in self.layers.items()
-            for dim in [layer.state_dim]
-            for tensor in layer.family.state_axes(layer.module)
-        }
-        self.speed.follow(trainer.optimizers, shares)
 
     def _refresh_state_dims(self) -> None:
         self.state_dims = {name: layer.state_dim for name, layer in self.layers.items()}
@@ -269,6 +256,7 @@ class ReductionRun:
             "sequences": self.watch.state_dict(),
             "trial": self.trials.state_dict(),
             "rollback": self.guard.state_dict(),
+            "speed": self.speed.state_dict(),
             "pending": None if self.pending is None else self.pending.to_dict(),
         }
 
@@ -280,6 +268,7 @@ class ReductionRun:
         self.watch.load_state_dict(saved.sequences)
         self.trials.load_state_dict(saved.trial)
         self.guard.load_state_dict(saved.rollback)
+        self.speed.load_state_dict(saved.speed)
 
 
 def _fingerprint(module: nn.Module) -> Fingerprint:

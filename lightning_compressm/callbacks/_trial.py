@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from copy import deepcopy
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
+from lightning_compressm.control.task_aware import TaskGramians
+from lightning_compressm.model.layers import find_ssm_layers
 from lightning_compressm.reduction.failures import TroubleError, describe
 from lightning_compressm.reduction.policy import ReductionPolicy
 from lightning_compressm.reduction.processes import Processes
+from lightning_compressm.reduction.task_recorder import TaskRecorder
 from lightning_compressm.reduction.trial import Trial
 from lightning_compressm.surgery.apply import apply_plan
 from lightning_compressm.surgery.plan import SurgeryPlan
@@ -66,7 +69,8 @@ class LossTrials:
         metrics and counters of its own. It is run in evaluation mode, without gradients, in the
         Trainer's precision; logging is off, and random numbers are as before afterwards.
         """
-        run, failure = _runner(trainer, pl_module, batch)
+        run = _Run(trainer, pl_module, batch)
+        failure = run.prepare()
         failed = processes.add_up(torch.tensor(float(bool(failure))))
         if failed > 0:
             self._say(failure or "it fails in another process")
@@ -74,7 +78,7 @@ class LossTrials:
 
         def local(plan: SurgeryPlan) -> float:
             try:
-                return processes.together(lambda: run(plan))
+                return processes.together(lambda: run.loss(plan))
             except TroubleError:
                 return float("inf")
 
@@ -87,7 +91,7 @@ class LossTrials:
         steps = trainer.accumulate_grad_batches / processes.size
         scale = processes.agree(abs(float(processes.add_up(mean))) * steps)
         assert policy.loss_budget is not None
-        return Trial(loss, policy.loss_budget, scale, self.starts)
+        return Trial(loss, policy.loss_budget, scale, self.starts, _shared(run.task(), processes))
 
     def _say(self, why: str) -> None:
         if not self._told:
@@ -108,52 +112,71 @@ class LossTrials:
         self.losses = deque(state_dict["losses"], maxlen=_RUNNING)
 
 
-def _runner(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch
-) -> tuple[Callable[[SurgeryPlan], float], str]:
-    """What gives the loss after a plan, and why it can't be told; empty if it can."""
-    step = type(pl_module).training_step
-    if not pl_module.automatic_optimization:
-        return _never, "it optimizes by hand"
-    if is_param_in_hook_signature(step, "dataloader_iter", explicit=True):
-        return _never, "it takes a `dataloader_iter`"
-    arguments = batch if is_param_in_hook_signature(step, "batch_idx", min_args=2) else batch[:1]
-    try:
-        copy = _copy(pl_module)
-        copy.trainer = trainer
+class _Run:
+    """A copy of the model, and the batch that it is run on."""
 
-        def run(plan: SurgeryPlan) -> float:
-            with ExitStack() as undo:
-                if plan:
-                    apply_plan(copy, plan, undo)
-                # The class's own: an instance may hold a compiled one, of the original.
-                return _loss(trainer, copy, lambda: step(copy, *arguments))
+    def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch) -> None:
+        self.trainer, self.pl_module, self.batch = trainer, pl_module, batch
+        # The class's own: an instance may hold a compiled one, of the original.
+        self.step = type(pl_module).training_step
+        self.copy = pl_module
 
-        run(SurgeryPlan())
-    except Exception as error:
-        return _never, describe(error)
-    return run, ""
+    def prepare(self) -> str:
+        """Why the loss can't be told; empty if it can."""
+        if not self.pl_module.automatic_optimization:
+            return "it optimizes by hand"
+        if is_param_in_hook_signature(self.step, "dataloader_iter", explicit=True):
+            return "it takes a `dataloader_iter`"
+        try:
+            self.copy = _copy(self.pl_module)
+            self.copy.trainer = self.trainer
+            self.copy.eval()
+            self.loss(SurgeryPlan())
+        except Exception as error:
+            return describe(error)
+        return ""
+
+    def loss(self, plan: SurgeryPlan) -> float:
+        """The loss after a plan."""
+        with ExitStack() as undo, torch.no_grad():
+            if plan:
+                apply_plan(self.copy, plan, undo)
+            return float(self._forward())
+
+    def task(self) -> dict[str, TaskGramians]:
+        """Layer name -> Gramians of this batch, of the layers that have some."""
+        layers = find_ssm_layers(self.copy)
+        try:
+            with TaskRecorder(layers) as recorder:
+                self._forward().backward()
+        except Exception as error:
+            rank_zero_info(f"CompreSSMCallback: no task-aware cuts ({describe(error)})")
+            return {}
+        finally:
+            self.copy.zero_grad()
+        return recorder.gramians
+
+    def _forward(self) -> Tensor:
+        takes_number = is_param_in_hook_signature(self.step, "batch_idx", min_args=2)
+        with (
+            isolate_rng(),
+            warnings.catch_warnings(),
+            torch.compiler.set_stance("force_eager"),  # else each try would be compiled
+            self.trainer.precision_plugin.train_step_context(),
+        ):
+            warnings.simplefilter("ignore")
+            output = self.step(self.copy, *self.batch[: 1 + takes_number])
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise TypeError(f"expected a loss from training_step, got {type(loss).__name__}")
+        return loss
 
 
-def _never(plan: SurgeryPlan) -> float:
-    raise AssertionError("expected a training_step that can be run")
-
-
-@torch.no_grad()
-def _loss(trainer: pl.Trainer, copy: pl.LightningModule, step: Callable[[], Any]) -> float:
-    copy.eval()
-    with (
-        isolate_rng(),
-        warnings.catch_warnings(),
-        torch.compiler.set_stance("force_eager"),  # else each try would be compiled
-        trainer.precision_plugin.train_step_context(),
-    ):
-        warnings.simplefilter("ignore")
-        output = step()
-    loss = output.get("loss") if isinstance(output, Mapping) else output
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        raise TypeError(f"expected a loss from training_step, got {type(loss).__name__}")
-    return float(loss)
+def _shared(own: Mapping[str, TaskGramians], processes: Processes) -> dict[str, TaskGramians]:
+    """The Gramians of all processes' batches, of layers that all of them have some of."""
+    names = processes.agree(sorted(own))
+    there = {n: float(processes.add_up(torch.tensor(float(n in own)))) for n in names}
+    return {n: own[n].summed(processes.add_up) for n in names if there[n] == processes.size}
 
 
 def _copy(pl_module: pl.LightningModule) -> pl.LightningModule:

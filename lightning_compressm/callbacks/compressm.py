@@ -90,10 +90,9 @@ class CompreSSMCallback(RunReports):
             for each rank; ``None`` for host memory, from where it goes into checkpoints.
         optimizer_state: ``"transport"`` carries optimizer moments through the change of basis,
             ``"truncate"`` slices them, ``"reset"`` drops them.
-        learning_speed: let the state-space parameters of a cut layer take longer steps, N/r times
-            as long where r of N states are left, at most those of the highest learning rate of
-            another parameter group (Adam and its kin; SGD, LBFGS and Muon go on as they are).
-            ``None`` for yes with ``loss_budget`` only.
+        learning_speed: multiply the steps of a cut layer's parameters by N / r, never beyond the
+            highest learning rate of another group (Adam and its kin; others are left alone). Not at
+            all where all is in one group. ``None``: only without a target of your own.
         verbose: log a table of every event on rank 0.
 
     Attributes:
@@ -108,12 +107,7 @@ class CompreSSMCallback(RunReports):
 
     Example:
         >>> from lightning.pytorch import Trainer
-        >>> trainer = Trainer(
-        ...     accelerator="cpu",
-        ...     logger=False,
-        ...     enable_checkpointing=False,
-        ...     callbacks=[CompreSSMCallback(tolerance=0.05)],
-        ... )
+        >>> trainer = Trainer(accelerator="cpu", logger=False, callbacks=[CompreSSMCallback()])
     """
 
     def __init__(
@@ -150,8 +144,8 @@ class CompreSSMCallback(RunReports):
     ) -> None:
         one_of(*get_args(OptimizerStatePolicy)).check("optimizer_state", optimizer_state)
         COUNT.check("calibration_batches", calibration_batches)
-        FLAG.check("verbose", verbose)
         optional(FLAG).check("learning_speed", learning_speed)
+        FLAG.check("verbose", verbose)
         if tolerance is None and fraction is None and state_dim is None and loss_budget is None:
             loss_budget = DEFAULT_LOSS_BUDGET
         by_loss = loss_budget is not None
@@ -186,8 +180,8 @@ class CompreSSMCallback(RunReports):
             calibration_batches,
             optimizer_state,
             new_guard,
-            by_loss if learning_speed is None else learning_speed,
             verbose,
+            by_loss if learning_speed is None else learning_speed,
         )
         self._run = self._new_run()
 

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from lightning_compressm.control.task_aware import TaskGramians
 from lightning_compressm.errors import UnsupportedLayerError
 from lightning_compressm.model.layers import SSMLayer
 from lightning_compressm.reduction.events import LayerEvent
@@ -53,6 +54,10 @@ class Analysis(ABC):
     @abstractmethod
     def cut(self, order: Order, policy: ReductionPolicy, seed: int) -> Cut:
         """Cut the layer to ``order.wanted`` states, or to more that ``order`` allows."""
+
+    def task_cuts(self, order: Order, policy: ReductionPolicy, task: TaskGramians) -> list[Cut]:
+        """Other cuts to ``order.wanted`` states, by what the loss asks of the layer, if any."""
+        return []
 
 
 Analyser = Callable[[SSMLayer, ReductionPolicy, Seen, Processes, bool], Analysis]

@@ -103,13 +103,21 @@ def decide(
             chosen = [choice[i] if i in choice else Cut(LayerEvent.skip(own[i])) for i in alike]
             return trial.loss(Decision.of(model, twins, chosen, {}).plan)
 
+        def also(orders: Mapping[int, Order]) -> dict[int, list[Cut]]:
+            """Cuts by Gramians of the task."""
+            task = {i: alike[i] for i in orders if own[i].name in trial.task}
+            found = processes.map(partial(work.task_cuts, looked, orders, trial), task)
+            return {i: outcome.value or [] for i, outcome in found.items()}
+
         def smaller(i: int) -> list[Cut]:
             less = {i: smaller_cut(orders[i])}
             (outcome,) = processes.map(partial(work.cut, looked, less), {i: alike[i]}).values()
             cut = _result(own[i], outcome, looked[i])
-            return [cut] if cut.plan else []
+            return [cut, *also(less).get(i, [])] if cut.plan else []
 
-        options = {i: [cut] for i, cut in cuts.items() if cut.plan}
+        wished = {i: cut for i, cut in cuts.items() if cut.plan}
+        others = also({i: orders[i] for i in wished})
+        options = {i: [cut, *others.get(i, [])] for i, cut in wished.items()}
         cuts |= affordable(options, smaller, loss_of, trial, as_one=policy.share_state_dim)
     known = {x.name: s for x, s in zip(own, spectra, strict=True) if s is not None}
     return Decision.of(model, twins, [cuts[i] for i in alike], known)
@@ -214,6 +222,22 @@ class _Work:
                 raise IllConditionedError(str(error)) from error
         seconds = look.seconds + time.perf_counter() - start
         return replace(cut, event=replace(cut.event, seconds=seconds))
+
+    def task_cuts(
+        self,
+        looked: Mapping[int, Outcome[_Look]],
+        orders: Mapping[int, Order],
+        trial: Trial,
+        i: int,
+        processes: Processes,
+        on_cpu: bool,
+    ) -> list[Cut]:
+        look = looked[i].value
+        if on_cpu or look is None or look.analysis is None:
+            return []  # out of memory: the cut that there is will do
+        with about(self.layers[i]):
+            task = trial.task[self.layers[i].name]
+            return look.analysis.task_cuts(orders[i], self.policy, task)
 
 
 def _alike(layers: Sequence[SSMLayer]) -> dict[int, bool]:

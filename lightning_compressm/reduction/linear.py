@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import get_args
 
 import torch
 
@@ -10,12 +11,14 @@ from lightning_compressm._precision import back_to
 from lightning_compressm.control import Reduction, per_state_energy
 from lightning_compressm.control.balance import resolve_balance
 from lightning_compressm.control.hankel import Factors, factorise
+from lightning_compressm.control.task_aware import TaskForm, TaskGramians, factorise_task
 from lightning_compressm.control.truncation import truncate
+from lightning_compressm.errors import CompreSSMError
 from lightning_compressm.families import Family
 from lightning_compressm.model.layers import SSMLayer
 from lightning_compressm.reduction.analysis import Analysis, Cut, analyses
 from lightning_compressm.reduction.events import LayerEvent
-from lightning_compressm.reduction.failures import numerics
+from lightning_compressm.reduction.failures import LinAlgError, numerics
 from lightning_compressm.reduction.order import Order
 from lightning_compressm.reduction.policy import HorizonChoice, ReductionPolicy
 from lightning_compressm.reduction.processes import Processes
@@ -44,6 +47,27 @@ class LinearAnalysis(Analysis):
         if reduction is None:
             used = {"balance": self.factors.form.name, "horizon": self.factors.horizon}
             return Cut(LayerEvent.skip(self.layer, reason=order.needed(), **used))
+        return self._cut(reduction)
+
+    @torch.no_grad()
+    def task_cuts(self, order: Order, policy: ReductionPolicy, task: TaskGramians) -> list[Cut]:
+        """By Gramians of data and gradients, in the forms that there are."""
+        if order.wanted > order.most:
+            return []
+        cuts, used = [], self.factors
+        for form in get_args(TaskForm):
+            try:
+                with numerics():
+                    factors = factorise_task(
+                        used.system, task, form, balance=used.form.name, horizon=used.horizon
+                    )
+                    reduction = truncate(factors, order.wanted)
+                cuts.append(self._cut(reduction, f"balanced by the task ({form})"))
+            except (CompreSSMError, LinAlgError):
+                continue  # one candidate less; the cut by the system's own Gramians stays
+        return cuts
+
+    def _cut(self, reduction: Reduction, reason: str = "") -> Cut:
         kept, total = _energies(reduction)
         event = LayerEvent.reduce(
             self.layer,
@@ -53,6 +77,7 @@ class LinearAnalysis(Analysis):
             error_bound=None if reduction.bound is None else float(reduction.bound.max()),
             balance=reduction.balance,
             horizon=reduction.horizon,
+            reason=reason,
         )
         return Cut(event, self.family.reduction_plan(self.layer.module, reduction))
 

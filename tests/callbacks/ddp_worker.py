@@ -29,6 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "manual_static": {"static_graph": True},
     "ema": {},
     "rollback": {"static_graph": True},
+    "two_rates": {},
 }
 
 
@@ -37,6 +38,15 @@ class Scored(Classifier):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("score", float(self.current_epoch == 2 and not self.trainer.sanity_checking))
+
+
+class TwoRates(Classifier):
+    """The layers that are reduced train at a quarter of the others' rate."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        slow = [*self.net.first.parameters(), *self.net.second.parameters()]
+        fast = [*self.net.encoder.parameters(), *self.net.decoder.parameters()]
+        return torch.optim.AdamW([{"params": slow, "lr": 2.5e-3}, {"params": fast, "lr": 1e-2}])
 
 
 def power_sgd() -> DDPStrategy:
@@ -83,7 +93,8 @@ class Manual(Classifier):
 def run(case: str, tmp: Path, *, devices: int) -> dict[str, Any]:
     """Train one case; with one device it is the reference of the same global batch."""
     optimizer, option = case.split("/")
-    model = {"manual_static": Manual, "rollback": Scored}.get(option, Classifier)(optimizer)
+    models = {"manual_static": Manual, "rollback": Scored, "two_rates": TwoRates}
+    model = models.get(option, Classifier)(optimizer)
     if option == "frozen":
         model.net.first.requires_grad_(False)
     if option == "power_sgd":
@@ -96,6 +107,7 @@ def run(case: str, tmp: Path, *, devices: int) -> dict[str, Any]:
         every_n_epochs=2 if option == "rollback" else 1,
         monitor="score" if option == "rollback" else None,
         verbose=False,
+        learning_speed=option == "two_rates",
     )
     others = [EMAWeightAveraging(decay=0.9)] if option == "ema" else []
     settings = {"strategy": strategy, "devices": devices} if devices > 1 else {}
