@@ -148,7 +148,7 @@ class _Run:
         layers = find_ssm_layers(self.copy)
         try:
             with TaskRecorder(layers) as recorder:
-                self._forward().backward()
+                torch.autograd.backward(self._forward())
         except Exception as error:
             rank_zero_info(f"CompreSSMCallback: no task-aware cuts ({describe(error)})")
             return {}

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_compressm._rules import one_of
 from lightning_compressm.control._factors import Gramian
 from lightning_compressm.control._kernel import one_minus_product, unit_gap
-from lightning_compressm.control.balance import Balance, BalanceForm, form_of
+from lightning_compressm.control.balance import BalanceForm, form_of
 from lightning_compressm.control.gramians import check_horizon
 from lightning_compressm.control.hankel import Factors, Source, in_double
 from lightning_compressm.control.system import DiagonalLTI
@@ -94,7 +94,7 @@ def factorise_task(
     task: TaskGramians,
     form: TaskForm = "stable",
     *,
-    balance: Balance = "folded",
+    balance: str = "folded",
     horizon: int | None = None,
 ) -> Factors:
     """Factors that balance what the data excites against what the loss depends on.

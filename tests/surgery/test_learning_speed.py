@@ -45,7 +45,7 @@ def test_parameters_that_consist_of_states(name: str):
         layer(x)
     plan = decide(model, found, ReductionPolicy(state_dim=4), recorder.seen).plan
     other = SurgeryPlan({"layers.weight": TensorEdit(torch.zeros(4, 4))})
-    names = state_parameters(model, SurgeryPlan.merge([plan, other]), "layer", 8, 4)
+    names = state_parameters(model, SurgeryPlan.merge([("", plan), ("", other)]), "layer", 8, 4)
     assert set(names) == {f"layer.{own}" for own in STATES[name]}
 
 

@@ -1,0 +1,168 @@
+"""The bare callback: cuts are tried on the loss of a training batch before they are made."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+from torchmetrics import MeanMetric
+
+from lightning_compressm import CompreSSMCallback
+
+from .helpers import BATCHES, Classifier, StatefulLoader, dataset, loader, same, trainer
+
+EPOCHS = 5  # 30 steps: looks after 3 and 6
+
+
+def fitted(tmp: Path, model: Classifier, *callbacks: Any, **settings: Any) -> Any:
+    fit = trainer(tmp, *callbacks, **{"max_epochs": EPOCHS} | settings)
+    fit.fit(model, loader())
+    return fit
+
+
+def test_halves_twice_down_to_a_quarter(tmp_path: Path) -> None:
+    callback = CompreSSMCallback(loss_budget=0.5, verbose=False)
+    fitted(tmp_path, Classifier("adamw"), callback)
+    events = [(e["step"], e["layer"], e["new_state_dim"]) for e in callback.history]
+    assert events == [
+        (3, "net.first", 12), (3, "net.second", 6), (6, "net.first", 6), (6, "net.second", 3)
+    ]  # fmt: skip
+    assert all(abs(event["loss_change"]) <= 0.5 for event in callback.history)
+
+
+def test_a_floor_ends_it_earlier(tmp_path: Path) -> None:
+    callback = CompreSSMCallback(loss_budget=0.5, floor=0.5, verbose=False)
+    fitted(tmp_path, Classifier("adamw"), callback)
+    assert callback.state_dims == {"net.first": 12, "net.second": 6}
+
+
+class Sensitive(Classifier):
+    """Its loss is told to be a thousand where states are missing."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(batch, batch_idx)
+        missing = {"first": 24, "second": 12}
+        lost = any(getattr(self.net, name).d_state < full for name, full in missing.items())
+        return loss + 1000 * lost
+
+
+def test_what_costs_too_much_is_left_and_said(tmp_path: Path) -> None:
+    callback = CompreSSMCallback(verbose=False)
+    fitted(tmp_path, Sensitive("adamw"), callback)
+    assert {event["action"] for event in callback.history} == {"skip"}
+    assert all("more than loss_budget = 2.00%" in event["reason"] for event in callback.history)
+    assert callback.state_dims == {"net.first": 24, "net.second": 12}
+
+
+class Eventful(Classifier):
+    """Counts, logs, draws random numbers, and has statistics of its own."""
+
+    def __init__(self) -> None:
+        super().__init__("adamw")
+        self.norm = nn.BatchNorm1d(3).double()
+        self.mean, self.calls = MeanMetric(), 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.calls += 1
+        x, y = batch
+        noise = torch.rand(3).double() + random.random()
+        logits = self.norm(self.net(x) + (noise if self.training else 0))
+        loss = nn.functional.cross_entropy(logits, y)
+        self.mean.update(loss.detach())
+        self.log("train_loss", loss, on_step=False, on_epoch=True)
+        self.losses.append(loss.item())
+        return loss
+
+
+def test_a_trial_leaves_no_trace(tmp_path: Path) -> None:
+    """A run whose looks may change nothing is the run without the callback, to the bit."""
+    runs = []
+    for callbacks in ([], [CompreSSMCallback(min_reduction=0.99, floor=0.0, verbose=False)]):
+        torch.manual_seed(1)
+        random.seed(1)
+        model = Eventful()
+        fit = fitted(tmp_path, model, *callbacks)
+        logged = fit.callback_metrics["train_loss"]
+        runs.append((model.losses, model.state_dict(), model.calls, model.mean.compute(), logged))
+    assert len(callbacks[0].history) == 4
+    assert all(same(a, b) for a, b in zip(*runs, strict=True))
+
+
+class Manual(Classifier):
+    def __init__(self) -> None:
+        super().__init__("adamw")
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+class Unrepeatable(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        if not self.training:
+            raise RuntimeError("not in evaluation")
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [(Manual, "it optimizes by hand"), (lambda: Unrepeatable("adamw"), "not in evaluation")],
+)
+def test_without_a_trial_the_energy_rule_decides(model: Any, why: str, tmp_path: Path) -> None:
+    callback = CompreSSMCallback(verbose=False)
+    with pytest.warns(UserWarning, match=f"{why}.*tolerance=0.05") as caught:
+        fitted(tmp_path, model(), callback)
+    assert sum("can't tell what a reduction costs" in str(w.message) for w in caught) == 1
+    assert {event["step"] for event in callback.history} == {3, 6}
+    assert all(event["loss_change"] is None for event in callback.history)
+    kept = [e["energy_kept"] for e in callback.history if e["action"] == "reduce"]
+    assert kept
+    assert min(kept) >= 0.95
+
+
+@pytest.mark.parametrize("step", [2, 4, 6])
+def test_resume_is_bitwise_equal(step: int, tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
+    runs = []
+    for path in (None, tmp_path / f"step={step}.ckpt"):
+        model, callback = Classifier("adamw"), CompreSSMCallback(loss_budget=0.05, verbose=False)
+        callbacks = [callback, *([] if path else [keep])]
+        fit = trainer(tmp_path, *callbacks, max_epochs=EPOCHS, enable_checkpointing=path is None)
+        fit.fit(model, StatefulLoader(), ckpt_path=path)
+        history = [{**event, "seconds": 0.0} for event in callback.history]
+        runs.append((history, model.state_dict(), fit.optimizers[0].state_dict()))
+    assert any(event["action"] == "reduce" for event in runs[0][0])
+    assert all(same(a, b) for a, b in zip(*runs, strict=True))
+
+
+class Endless(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        while True:
+            yield from dataset()
+
+
+def test_runs_of_unknown_length_are_looked_at_ever_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_compressm.callbacks.schedule.ENDLESS", (2, 4, 8))
+    callback = CompreSSMCallback(verbose=False)
+    fit = trainer(tmp_path, callback, max_epochs=1, max_time={"seconds": 2})
+    fit.fit(Classifier("adamw"), DataLoader(Endless(), batch_size=8))
+    assert {event["step"] for event in callback.history} == {2, 4, 8}
+
+
+def test_accumulated_batches_are_one_step(tmp_path: Path) -> None:
+    callback = CompreSSMCallback(loss_budget=0.5, verbose=False)
+    fitted(tmp_path, Classifier("adamw"), callback, accumulate_grad_batches=2, max_epochs=10)
+    assert {event["step"] for event in callback.history} == {3, 6}
+    assert callback._run.trials.starts == {"net.first": 24, "net.second": 12}
+    assert len(callback._run.trials.losses) <= 2 * (BATCHES + 1)
