@@ -106,7 +106,7 @@ def make_note(runs: Sequence[ArmRun], settings: Settings, seconds: float) -> str
     return (
         f"CPU, one thread. Accuracy: mean ± standard deviation over seeds "
         f"{', '.join(map(str, settings.seeds))}; {settings.steps} steps each. Compressed: "
-        f"CompreSSMCallback({argument}), {looks} in the first tenth "
+        f"CompreSSMCallback({argument}), {looks} in the first fifth "
         f"of the steps. Small: trained from scratch at the final dimension of the compressed run "
         f"of the same seed. Time: processor seconds of training, reductions included; median over "
         f"seeds of the ratio within a seed (smallest to largest), the arms taking turns by the "

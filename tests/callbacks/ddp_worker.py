@@ -109,6 +109,8 @@ def run(case: str, tmp: Path, *, devices: int) -> dict[str, Any]:
         verbose=False,
         learning_speed=option == "two_rates",
     )
+    if option == "budget":
+        callback = CompreSSMCallback(loss_budget=0.5, verbose=False)
     others = [EMAWeightAveraging(decay=0.9)] if option == "ema" else []
     settings = {"strategy": strategy, "devices": devices} if devices > 1 else {}
     trainer(tmp, *others, callback, max_epochs=4, **settings).fit(model, loader(), loader(1))

@@ -24,6 +24,7 @@ CASES = [
     "adamw/manual_static",
     "adamw/ema",
     "adamw/rollback",
+    "adamw/budget",
     "adamw/two_rates",
 ]
 
