@@ -1,9 +1,9 @@
 """Let what is left of a layer learn as fast as the whole layer did.
 
 Adam moves every entry of a parameter by about the learning rate, however small its gradient is.
-A layer's map is a sum over its N states, so with r of them left a step moves it by about r/N as
-far. Recipes that train state-space parameters at a fraction of the others' rate did so for N
-states; up to the others' rate, the steps of what is left are lengthened by N/r.
+A layer's map is a sum over its N states, so with r like ones left a step moves it r/N as far.
+Recipes that train state-space parameters at a fraction of the others' rate did so for N states; up
+to the others' rate, the steps of what is left are lengthened by N/r.
 """
 
 from __future__ import annotations
@@ -84,9 +84,9 @@ class LearningSpeed:
     parameters of one group have one. Instead a hook before ``step`` copies the parameters, and one
     after it extends what has moved. A step that is skipped (loss scaling) moves nothing.
 
-    Optimizers whose steps grow with the gradients (SGD), have no rate for each entry (LBFGS, Muon,
-    Adafactor), or are not known are left alone: kept states are those with the largest gradients,
-    so that SGD hardly slows down, and a ratio of rates says nothing there.
+    Optimizers whose steps follow the gradients (SGD), have no rate for each entry (LBFGS, Muon,
+    Adafactor), or are not known are left alone: in a new basis some gradients are larger and some
+    smaller, so that no one factor fits, and a ratio of rates says nothing there.
 
     Example:
         >>> layer = nn.Linear(3, 2)
@@ -102,6 +102,7 @@ class LearningSpeed:
     def __init__(self) -> None:
         self._dims: dict[str, tuple[int, int]] = {}  # states before the first cut, and now
         self._model: nn.Module | None = None
+        self._homes: dict[str, nn.Module] = {}  # looked up once, as every step asks for them
         self._optimizers: Sequence[Optimizer] = ()
         self._hooks = ExitStack()
 
@@ -151,6 +152,7 @@ class LearningSpeed:
     def detach(self) -> None:
         """Let go of model and optimizers."""
         self._hooks.close()
+        self._homes.clear()
         self._model, self._optimizers = None, ()
 
     def left_alone(self) -> list[str]:
@@ -211,16 +213,14 @@ class LearningSpeed:
         """As they are now: a reduction or a rollback may have put new objects in their place."""
         if self._model is not None:
             for name in self._dims:
-                yield name, self._model.get_parameter(name)
+                path, _, key = name.rpartition(".")
+                if path not in self._homes:
+                    self._homes[path] = self._model.get_submodule(path)
+                yield name, getattr(self._homes[path], key)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or another process, attaches itself to what it has."""
-        return {"_dims": dict(self._dims)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Attached to nothing."""
-        self.__init__()  # type: ignore[misc]
-        vars(self).update(state)
+        return vars(LearningSpeed()) | {"_dims": dict(self._dims)}
 
     def state_dict(self) -> dict[str, list[int]]:
         """Parameter name -> states before the first cut, and now."""
@@ -255,7 +255,7 @@ class _Stretch:
         """After a step: what has moved moves on. What has not stays the same to the bit."""
         kept, self._kept = self._kept, []
         for parameter, before, factor in kept:
-            parameter.add_((parameter - before).mul_(factor - 1))
+            parameter.add_(before.sub_(parameter).mul_(1 - factor))
 
 
 def _is_inside(name: str, path: str) -> bool:

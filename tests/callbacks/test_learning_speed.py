@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -82,9 +83,16 @@ class Recorded(pl.Callback):
         self.after[trainer.global_step] = {name: p.detach().clone() for name, p in named}
 
 
-def fit(tmp: Path, model: Classifier, speed: bool, steps: int = CUT + 1, **more: Any) -> Recorded:
+def fit(
+    tmp: Path,
+    model: Classifier,
+    speed: bool,
+    steps: int = CUT + 1,
+    options: Mapping[str, Any] = MappingProxyType({}),
+    **more: Any,
+) -> Recorded:
     values = Recorded()
-    callback = CompreSSMCallback(**OPTIONS | {"learning_speed": speed})
+    callback = CompreSSMCallback(**OPTIONS | {"learning_speed": speed, **options})
     fitted = trainer(tmp, callback, values, max_steps=steps, max_epochs=-1, **more)
     fitted.fit(model, loader())
     for optimizer in fitted.optimizers:
@@ -255,11 +263,12 @@ class OwnAdamW(AdamW):
 def test_other_optimizers_are_left_alone_and_it_is_said_once(
     tmp_path: Path, name: str, make: Callable[[], Classifier], caplog: pytest.LogCaptureFixture
 ):
+    again = {"state_dim": None, "fraction": 0.5, "every_n_steps": 1}  # three cuts
     runs = []
     for speed in (True, False):
         model = make()
         with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
-            runs.append(fit(tmp_path, model, speed, CUT + 3))
+            runs.append(fit(tmp_path, model, speed, CUT + 3, again))
     said = [r.getMessage() for r in caplog.records if "leaves the steps of" in r.getMessage()]
     assert len(said) == 1
     assert f"the steps of {name} as they are" in said[0]
