@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from lightning_compressm._names import is_inside
+
 __all__ = ["config_attributes"]
 
 
@@ -32,19 +34,21 @@ def config_attributes(
         {}
     """
     attributes: dict[str, Any] = {}
-    seen: set[int] = set()
+    seen: list[tuple[str, object]] = []  # two models may share one
     for path, module in model.named_modules():
         config = getattr(module, "config", None)
         theirs = type(module).__module__.partition(".")[0] == "transformers"
-        dims = {p: d for p, d in state_dims.items() if not path or f"{p}.".startswith(f"{path}.")}
-        if not theirs or config is None or id(config) in seen or not dims:
+        dims = {p: d for p, d in state_dims.items() if is_inside(p, path)}
+        known = any(config is other and is_inside(str(path), outer) for outer, other in seen)
+        if not theirs or config is None or known or not dims:
             continue
-        seen.add(id(config))
+        seen.append((str(path), config))
         same = len(set(dims.values())) == 1
         index = {path: getattr(model.get_submodule(path), "layer_idx", None) for path in dims}
         # Reading an attribute that differs between layers raises, so it is looked up in `vars`.
         for name in (n for n in names if vars(config).get(n) is not None):
             found = {name: next(iter(dims.values()))} if same else {}
+            found = {} if found.get(name) == vars(config)[name] else found
             layers = {int(i): dims[p] for p, i in index.items() if i is not None and not same}
             found |= _per_layer(config, name, layers)
             attributes |= {f"{path}.config.{key}".lstrip("."): v for key, v in found.items()}

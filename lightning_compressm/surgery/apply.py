@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_compressm._tensors import new_like, replaceable, tell_of_hooks
 from lightning_compressm._undo import all_or_nothing
 from lightning_compressm.errors import SurgeryError
+from lightning_compressm.surgery._configs import separate_configs
 from lightning_compressm.surgery.plan import SurgeryPlan, TensorEdit
 
 __all__ = ["Replacement", "apply_plan"]
@@ -70,14 +71,16 @@ def apply_plan(
     """
     replacements = _prepare(model, plan)
     tell_of_hooks((name, one.new) for name, one in replacements.items())
-    homes = {name: _resolve_attribute(model, name) for name in plan.attributes}
+    for name in plan.attributes:
+        _resolve_attribute(model, name)
     with all_or_nothing(undo) as steps:
         for replacement in replacements.values():
             for owner, key in _owners(model, replacement.old):
                 _set_tensor(owner, key, replacement.new)
                 steps.callback(_set_tensor, owner, key, replacement.old)
+        separate_configs(model, plan.attributes, steps)
         for name, value in plan.attributes.items():
-            owner, key = homes[name]
+            owner, key = _resolve_attribute(model, name)
             steps.callback(_attribute_restorer(owner, key))
             setattr(owner, key, value)
     return replacements

@@ -254,3 +254,51 @@ def test_the_refit_makes_up_for_lost_states(name: str):
     refitted = [event.output_error for event in _cut(model, 5, refit=True).events]
     assert all(b < 0.9 * a for a, b in zip(plain, refitted, strict=True))
     assert torch.equal(generated(model), generated(model, use_cache=False))
+
+
+class Distillation(nn.Module):
+    """Two models that were made from one config, held by what is around them too."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.teacher = build(name)
+        self.student = type(self.teacher)(self.teacher.config)
+        self.config = self.teacher.config
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return logits(self.student, x)
+
+
+@pytest.mark.parametrize("name", ["mamba", "zamba", "mamba2"])
+@pytest.mark.parametrize("together", [True, False], ids=["in one module", "apart"])
+def test_two_models_from_one_config_do_not_change_each_other(
+    name: str, together: bool, tmp_path: Path
+):
+    both, states = Distillation(name), KINDS[name].states
+    shared, expected = both.config, logits(both.teacher)
+    assert both.student.config is shared
+    options: dict[str, Any] = {"max_output_error": None, "refit": False}
+    if together:
+        compress(both, state_dim=3, sample=tokens(), ignore=["teacher.*"], **options)
+    else:
+        compress(both.student, state_dim=3, sample={"input_ids": tokens()}, **options)
+    assert getattr(both.student.config, states) == 3
+    assert getattr(shared, states) == STATES
+    assert all(m.config is shared for m in (both, both.teacher))
+    holders = [m.config for m in both.student.modules() if hasattr(m, "config")]
+    assert len({id(config) for config in holders}) == 1 < len(holders)
+    assert torch.equal(logits(loaded(saved(both.teacher, tmp_path / "a"))), expected)
+    assert torch.equal(logits(loaded(saved(both.student, tmp_path / "b"))), logits(both.student))
+
+
+def test_a_change_that_fails_leaves_the_shared_config_in_place():
+    both = Distillation("mamba")
+    options: dict[str, Any] = {"max_output_error": None, "refit": False}
+    with CallRecorder(find_ssm_layers(both.student)) as recorder:
+        logits(both.student)
+    plan, undo = decided(both.student, recorder.seen, state_dim=3, **options).plan, ExitStack()
+    change(both.student, plan, undo=undo)
+    assert both.student.config is not both.config
+    undo.close()
+    holders = [m.config for m in both.modules() if hasattr(m, "config")]
+    assert all(config is both.config for config in holders)
