@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_compressm.errors import CalibrationError
 from lightning_compressm.model.change import change
+from lightning_compressm.model.frozen import choose_layers
 from lightning_compressm.model.layers import SSMLayer, select_layers
 from lightning_compressm.model.resizing import install_resize_hooks
 from lightning_compressm.reduction.decide import decide, measure_spectra
@@ -44,6 +45,7 @@ def compress(
     max_output_error: float | None = DEFAULT_OUTPUT_ERROR,
     layers: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
+    averages: Sequence[str] | None = None,
     round_to: int = 1,
     min_state_dim: int = 1,
     share_state_dim: bool = False,
@@ -72,6 +74,8 @@ def compress(
             ``None`` for no limit.
         layers: glob patterns of module names to reduce; ``None`` for all.
         ignore: glob patterns of module names to leave alone.
+        averages: glob patterns of layers that hold averages of others (EMA, target networks); they
+            get the same projection as what they average.
         round_to: round the kept dimension up to a multiple.
         min_state_dim: never go below.
         share_state_dim: one dimension for all layers of a family.
@@ -82,7 +86,8 @@ def compress(
 
     Raises:
         ValueError: for contradictory or out-of-range arguments, unknown layer patterns.
-        UnsupportedLayerError: if the model has no SSM layer, or one that can't be reduced.
+        UnsupportedLayerError: if the model has no SSM layer, one that can't be reduced, or a frozen
+            copy of a trained one that neither ``averages`` nor ``ignore`` names.
         CalibrationError: if a selective layer was given no ``sample``, or the model fails on it.
         CompreSSMError: if a layer can't be reduced safely. The model is untouched then.
 
@@ -110,14 +115,15 @@ def compress(
         max_output_error=max_output_error,
         layers=layers,
         ignore=ignore,
+        averages=averages,
         round_to=round_to,
         min_state_dim=min_state_dim,
         share_state_dim=share_state_dim,
     )
     optimizers = checked_optimizers(optimizers)
-    chosen = select_layers(model, layers, ignore, to_reduce=True)
-    decision = decide(model, chosen, policy, _run_sample(model, chosen, sample))
-    change(model, decision.plan, optimizers)
+    chosen = choose_layers(model, layers, ignore, averages)
+    decision = decide(model, chosen.layers, policy, _run_sample(model, chosen.layers, sample))
+    change(model, decision.plan, optimizers, twins=chosen.twins)
     install_resize_hooks(model)
     return CompressionReport(list(decision.events), decision.spectra)
 

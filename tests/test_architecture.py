@@ -27,6 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "__about__",
         "errors",
         "_averages",
+        "_names",
         "_plain",
         "_precision",
         "_rules",

@@ -24,6 +24,7 @@ from lightning_compressm.callbacks._trial import Batch, LossTrials
 from lightning_compressm.callbacks._watch import TrainingWatch
 from lightning_compressm.callbacks.schedule import Looks, Schedule
 from lightning_compressm.errors import NonFiniteError
+from lightning_compressm.model.frozen import ChosenLayers, choose_layers
 from lightning_compressm.model.layers import SSMLayer, select_layers
 from lightning_compressm.reduction.decide import decide
 from lightning_compressm.reduction.decision import Decision
@@ -84,6 +85,7 @@ class ReductionRun:
         self.trials = LossTrials()
         self.history: list[dict[str, Any]] = []
         self.pending: Decision | None = None
+        self.chosen = ChosenLayers({})
         self.layers: Mapping[str, SSMLayer] = {}
         self.state_dims: dict[str, int] = {}
         self._left: Fingerprint = ()  # the model as the latest fit left it
@@ -113,13 +115,22 @@ class ReductionRun:
 
     def __getstate__(self) -> dict[str, Any]:
         """Another process, or a copy, finds layers of its own when it begins."""
-        return vars(self) | {"model": None, "layers": {}}
+        return vars(self) | {"model": None, "layers": {}, "chosen": ChosenLayers({})}
 
-    def take(self, pl_module: pl.LightningModule, layers: Mapping[str, SSMLayer]) -> None:
-        """Belong to this model from now on."""
+    def take(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Belong to this model from now on, and tell its layers apart."""
+        policy = self.policy
+        self.chosen = choose_layers(
+            pl_module, policy.layers, policy.ignore, policy.averages, trained=_trained(trainer)
+        )
+        if self.chosen.frozen:
+            rank_zero_warn(
+                "CompreSSMCallback leaves frozen layers as they are: "
+                f"{', '.join(map(repr, self.chosen.frozen))}. Name them in `layers` to reduce them."
+            )
         self.model = weakref.ref(pl_module)
-        self.layers = layers
-        self.watch.start(layers)
+        self.layers = self.chosen.layers
+        self.watch.start(self.layers)
         self._refresh_state_dims()
         self.trials.begin(self.state_dims)
 
@@ -176,15 +187,17 @@ class ReductionRun:
             self.looks.overdue = True
             return
         step = trainer.global_step
-        self.layers = layers = select_layers(pl_module, self.policy.layers, self.policy.ignore)
+        policy, excluded = self.policy, self.chosen.excluded
+        layers = select_layers(pl_module, policy.layers, policy.ignore, without=excluded)
+        self.layers = layers
 
         def work(processes: Processes) -> dict[str, Any]:
-            seen, policy, trial = self.watch.seen, self.policy, None
+            seen, rule, trial = self.watch.seen, policy, None
             if batch is not None and policy.loss_budget is not None:
                 trial = self.trials.prepare(trainer, pl_module, batch, policy, processes)
                 if trial is None:
-                    policy = replace(policy, loss_budget=None, tolerance=DEFAULT_TOLERANCE)
-            decision = decide(pl_module, layers, policy, seen, processes, seed=step, trial=trial)
+                    rule = replace(policy, loss_budget=None, tolerance=DEFAULT_TOLERANCE)
+            decision = decide(pl_module, layers, rule, seen, processes, seed=step, trial=trial)
             return decision.at(step, epoch).to_dict()
 
         # Every rank holds the decision of rank 0 afterwards.
@@ -219,7 +232,8 @@ class ReductionRun:
         cuts = self.speed.cuts(pl_module, decision, self.layers)
         try:
             if decision.plan:
-                swap(trainer, pl_module, decision.plan, self.optimizer_state, self.guard.keep)
+                how, keep, twins = self.optimizer_state, self.guard.keep, self.chosen.twins
+                swap(trainer, pl_module, decision.plan, how, keep, twins)
                 self.speed.follow(cuts)
                 decision = decision.took(time.perf_counter() - start)
         except TroubleError as trouble:
@@ -269,6 +283,12 @@ class ReductionRun:
         self.trials.load_state_dict(saved.trial)
         self.guard.load_state_dict(saved.rollback)
         self.speed.load_state_dict(saved.speed)
+
+
+def _trained(trainer: pl.Trainer) -> set[int]:
+    """Ids of the parameters that optimizers hold and that get gradients."""
+    groups = (group for optimizer in trainer.optimizers for group in optimizer.param_groups)
+    return {id(p) for group in groups for p in group["params"] if p.requires_grad}
 
 
 def _fingerprint(module: nn.Module) -> Fingerprint:

@@ -5,7 +5,7 @@ A strategy is supported if something is registered here by :func:`refreshes`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
@@ -51,10 +51,12 @@ def swap(
     plan: SurgeryPlan,
     optimizer_state: OptimizerStatePolicy,
     before: Callable[[pl.Trainer, pl.LightningModule], Callable[[], None]],
+    twins: Mapping[str, str] | None = None,
 ) -> None:
     """Carry out ``plan`` on every rank, or on none, after calling ``before`` on each.
 
-    ``before`` returns what takes its own work back where nothing is carried out.
+    ``before`` returns what takes its own work back where nothing is carried out. ``twins`` are
+    averages that the module holds itself, and what they average.
 
     Raises:
         TroubleError: on every rank if one has no room for the new tensors.
@@ -71,6 +73,7 @@ def swap(
             optimizer_state,
             pending_gradients=not pl_module.automatic_optimization,
             averages=averages_of(trainer, pl_module),
+            twins=twins,
             undo=undo,
         )
 

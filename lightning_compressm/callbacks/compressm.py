@@ -21,7 +21,6 @@ from lightning_compressm.callbacks._reports import RunReports
 from lightning_compressm.callbacks._rollback import RollbackGuard
 from lightning_compressm.callbacks._run import ReductionRun
 from lightning_compressm.callbacks.schedule import Schedule
-from lightning_compressm.model.layers import select_layers
 from lightning_compressm.model.resizing import install_resize_hooks
 from lightning_compressm.reduction.policy import (
     DEFAULT_LOSS_BUDGET,
@@ -64,8 +63,10 @@ class CompreSSMCallback(RunReports):
         min_state_dim: never go below.
         round_to: round the kept dimension up to a multiple.
         share_state_dim: one dimension for all layers of a family.
-        layers: glob patterns of module names to reduce; ``None`` for all.
+        layers: glob patterns of module names to reduce; ``None`` for all that are not frozen.
         ignore: glob patterns of module names to leave alone.
+        averages: glob patterns of layers that hold averages of others (EMA by hand, target
+            networks); they get the same projection as what they average.
         balance: ``"real"``, ``"folded"`` or ``"complex"`` (as published); ``"auto"`` is folded,
             which leaves no states with real poles, whose phases could not be trained.
         horizon: steps of time-limited Gramians, ``None`` for infinite (as published), ``"auto"``
@@ -127,6 +128,7 @@ class CompreSSMCallback(RunReports):
         share_state_dim: bool = False,
         layers: list[str] | None = None,
         ignore: list[str] | None = None,
+        averages: list[str] | None = None,
         balance: BalanceChoice = "auto",
         horizon: int | Literal["auto"] | None = "auto",
         criterion: str = "auto",
@@ -161,6 +163,7 @@ class CompreSSMCallback(RunReports):
             share_state_dim=share_state_dim,
             layers=layers,
             ignore=ignore,
+            averages=averages,
             balance=balance,
             horizon=horizon,
             selection=selection,
@@ -199,11 +202,10 @@ class CompreSSMCallback(RunReports):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check layers and optimizers."""
-        layers = select_layers(pl_module, self.policy.layers, self.policy.ignore, to_reduce=True)
-        check_fit(trainer, layers.values())
+        self._run.take(trainer, pl_module)
+        check_fit(trainer, self._run.layers.values())
         self._run.guard.check(trainer, len(_all_together(trainer)))
         align_averages(trainer, pl_module)
-        self._run.take(pl_module, layers)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Tie the window to this run; check what a checkpoint gave the optimizers only now."""

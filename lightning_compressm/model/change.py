@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 
 from torch import nn
@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_compressm._averages import averages_inside
 from lightning_compressm._undo import all_or_nothing
-from lightning_compressm.model.copies import find_copies
+from lightning_compressm.model.copies import ModelCopy, find_copies
 from lightning_compressm.surgery.apply import apply_plan
 from lightning_compressm.surgery.optimizer import (
     OptimizerStatePolicy,
@@ -30,6 +30,7 @@ def change(
     *,
     pending_gradients: bool = False,
     averages: Iterable[object] = (),
+    twins: Mapping[str, str] | None = None,
     undo: ExitStack | None = None,
 ) -> None:
     """Change the model, its optimizers and averages of its weights, or leave all untouched.
@@ -42,6 +43,7 @@ def change(
         pending_gradients: carry ``.grad`` over too, where a step with it is still to come.
         averages: objects among which copies of the model, such as a running average of its weights,
             get the same projection; each ``AveragedModel`` inside the model gets it anyway.
+        twins: path of a further average inside the model -> path of what it averages.
         undo: is given what takes everything back.
 
     Raises:
@@ -61,11 +63,16 @@ def change(
         torch.Size([4, 2])
     """
     copies = find_copies(model, [*averages_inside(model), *averages])
+    for path, original in (twins or {}).items():
+        average = model.get_submodule(path)
+        copies.append(ModelCopy(average, average, original))
     plans = [(copy.mirror, copy.plan(plan)) for copy in copies]
     with all_or_nothing(undo) as steps:
         replaced = apply_plan(model, plan, steps)
         if pending_gradients:
             carry_gradients(replaced)
+        for i, (mirror, own) in enumerate(plans):
+            followed = apply_plan(mirror, own, steps)
+            # `Module.parameters()` gave optimizers those of averages inside the model too.
+            replaced |= {f"copy{i}:{name}": one for name, one in followed.items()}
         rebind_optimizers(optimizers, replaced, policy, steps)
-        for mirror, own in plans:
-            apply_plan(mirror, own, steps)

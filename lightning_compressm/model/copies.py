@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_compressm._averages import averages_inside, inside_average
+from lightning_compressm._names import is_inside
 from lightning_compressm.errors import UnsupportedLayerError
 from lightning_compressm.families import find_family, named_layers
 from lightning_compressm.surgery.plan import SurgeryPlan
@@ -44,7 +45,7 @@ class ModelCopy:
             UnsupportedLayerError: if a family's plan does not say how copies follow.
         """
         for name in plan.edits:
-            if not any(_inside(name, layer) for layer in plan.projections):
+            if not any(is_inside(name, layer) for layer in plan.projections):
                 raise UnsupportedLayerError(
                     f"'{name}' is reduced, but its family does not say how an average of the "
                     "weights follows; expected its plan to have `projections`. Let the family's "
@@ -52,7 +53,7 @@ class ModelCopy:
                 )
         plans = [("", SurgeryPlan({}, dict(self._attributes(plan))))]
         for layer, projection in plan.projections.items():
-            if not _inside(layer, self.path):
+            if not is_inside(layer, self.path):
                 continue
             inner = _relative(layer, self.path)
             module = self.mirror.get_submodule(inner)
@@ -67,7 +68,7 @@ class ModelCopy:
 
     def _attributes(self, plan: SurgeryPlan) -> Iterator[tuple[str, object]]:
         for name, value in plan.attributes.items():
-            if _inside(name, self.path):
+            if is_inside(name, self.path):
                 yield _relative(name, self.path), deepcopy(value)
 
 
@@ -117,10 +118,6 @@ def _layers(module: nn.Module) -> list[tuple[str, str]]:
     skipped = inside_average(module)
     found = named_layers(module)
     return [(path, family.name) for path, layer, family in found if id(layer) not in skipped]
-
-
-def _inside(name: str, path: str) -> bool:
-    return not path or name == path or name.startswith(f"{path}.")
 
 
 def _relative(name: str, path: str) -> str:

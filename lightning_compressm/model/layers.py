@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
 from lightning_compressm._averages import inside_average
+from lightning_compressm._names import check_patterns, matches, plain_name
 from lightning_compressm._tensors import replaceable
 from lightning_compressm.errors import CompreSSMError, UnsupportedLayerError
 from lightning_compressm.families import find_family, named_layers, registered_families
@@ -90,7 +90,7 @@ def find_ssm_layers(model: nn.Module) -> dict[str, SSMLayer]:
     for path, module, family in named_layers(model):
         if id(module) in averaged:
             continue
-        name = _plain_name(path)
+        name = plain_name(path)
         found[name] = SSMLayer(name, path, module, family)
     return found
 
@@ -101,6 +101,8 @@ def select_layers(
     ignore: Sequence[str] | None = None,
     *,
     to_reduce: bool = False,
+    without: Collection[str] = (),
+    found: Mapping[str, SSMLayer] | None = None,
 ) -> dict[str, SSMLayer]:
     """The SSM layers that patterns leave over.
 
@@ -109,6 +111,8 @@ def select_layers(
         layers: glob patterns; ``None`` for all layers.
         ignore: glob patterns of layers to leave out.
         to_reduce: also refuse layers that can be analysed but not reduced.
+        without: names of further layers to leave out.
+        found: what :func:`find_ssm_layers` gave, where it was asked already.
 
     Returns:
         Module name -> :class:`SSMLayer`.
@@ -126,21 +130,19 @@ def select_layers(
         >>> list(select_layers(nn.Sequential(LRU(4, 8), LRU(4, 8)), ignore=["0"]))
         ['1']
     """
-    found, refused = find_ssm_layers(model), _find_refused(model)
+    found = find_ssm_layers(model) if found is None else found
+    refused = _find_refused(model)
     names = [*found, *refused]
     if not names:
         raise UnsupportedLayerError(_nothing_found(model))
-    for argument, patterns in (("layers", layers), ("ignore", ignore)):
-        for pattern in patterns or ():
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise ValueError(
-                    f"{argument}: the pattern {pattern!r} matches no SSM layer; expected one of: "
-                    f"{', '.join(map(repr, names))}."
-                )
+    check_patterns("layers", layers, names)
+    check_patterns("ignore", ignore, names)
     left = [
         name
         for name in names
-        if (layers is None or _matches(name, layers)) and not _matches(name, ignore or ())
+        if (layers is None or matches(name, layers))
+        and not matches(name, ignore)
+        and name not in without
     ]
     for name in left:
         if name in refused:
@@ -177,17 +179,8 @@ def _find_refused(model: nn.Module) -> dict[str, str]:
     for path, module in model.named_modules():
         reason = None if id(module) in averaged else refusal_reason(module)
         if reason is not None and find_family(module) is None:
-            refused[_plain_name(path)] = f"{type(module).__name__} {reason}"
+            refused[plain_name(path)] = f"{type(module).__name__} {reason}"
     return refused
-
-
-def _plain_name(path: str) -> str:
-    """A module's name without the wrappers of ``torch.compile``."""
-    return ".".join(part for part in path.split(".") if part != "_orig_mod")
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _check_tensors(layer: SSMLayer) -> None:

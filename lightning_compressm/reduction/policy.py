@@ -45,6 +45,7 @@ _RULES = {
     "share_state_dim": FLAG,
     "layers": optional(PATTERNS),
     "ignore": optional(PATTERNS),
+    "averages": optional(PATTERNS),
     "horizon": _HORIZON,
     "selection": one_of(*get_args(Selection)),
     "refit": FLAG,
@@ -74,6 +75,7 @@ class ReductionPolicy:
         share_state_dim: one dimension for all layers of a family (the largest that one needs).
         layers: glob patterns of module names to consider; ``None`` for all.
         ignore: glob patterns of module names to leave alone.
+        averages: glob patterns of layers that hold averages of others, and follow them.
         balance: see :func:`lightning_compressm.control.balanced_truncation`; ``"auto"`` is
             ``"real"``, the balancing of the real system that the layer computes, or ``"folded"``
             if the model is ``trained_on``.
@@ -114,6 +116,7 @@ tolerance=0.1 and fraction=0.5. Keep the one that you mean.
     share_state_dim: bool = False
     layers: Sequence[str] | None = None
     ignore: Sequence[str] | None = None
+    averages: Sequence[str] | None = None
     balance: BalanceChoice = "auto"
     horizon: HorizonChoice = "auto"
     selection: Selection = "largest"

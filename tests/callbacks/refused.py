@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,12 @@ def _strategy(make: Callable[[], Any]) -> Callable[[], Settings]:
     return lambda: {"strategy": make()}
 
 
+def _with_average() -> Model:
+    model = Model()
+    model.ema = deepcopy(model.net).requires_grad_(False)
+    return model
+
+
 REFUSED = [
     Refused(
         "`FSDPStrategy`",
@@ -281,6 +288,12 @@ REFUSED = [
         "'net.first' can't be reduced: 'B_re' has hooks after accumulation",
         "UnsupportedLayerError",
         model=lambda: changed(_hook),
+    ),
+    Refused(
+        "a copy of trained layers that is not trained, such as an average by hand",
+        r"'ema' is not trained and is built like 'net'.*averages=\['ema\.\*'\]",
+        "UnsupportedLayerError",
+        model=_with_average,
     ),
     Refused(
         "adapters around a layer's projections",
