@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_compressm.callbacks._checkpoint import CallbackState
 from lightning_compressm.callbacks._limits import fitting, is_last_step, total_steps
@@ -32,7 +33,7 @@ from lightning_compressm.reduction.events import format_table
 from lightning_compressm.reduction.failures import TroubleError
 from lightning_compressm.reduction.policy import DEFAULT_TOLERANCE, ReductionPolicy
 from lightning_compressm.reduction.processes import Processes
-from lightning_compressm.surgery.optimizer import OptimizerStatePolicy
+from lightning_compressm.surgery.optimizer import OptimizerStatePolicy, check_optimizer
 
 __all__ = ["ReductionRun"]
 
@@ -147,10 +148,13 @@ class ReductionRun:
         """Watch the layers in the next batch, as long as something is to be learnt of the data."""
         self.watch.attach(looking=self.looks.to_come and self.guard.allows_reduction)
 
-    def before_step(self) -> None:
-        """Before the first optimizer step, see that every layer that needs data gets some."""
-        if self.looks.step == self._first_step and self.looks.to_come:
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Before the first steps, see that layers get data, and what the optimizer has made."""
+        steps = self.looks.step - self._first_step
+        if steps == 0 and self.looks.to_come:
             self.watch.check_calls()
+        if steps == 1:  # many fill their buffers only in their first step
+            check_optimizer(optimizer)
 
     def after_batch(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch

@@ -231,7 +231,7 @@ class CompreSSMCallback(RunReports):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """See that every layer that needs data gets some."""
-        self._run.before_step()
+        self._run.before_step(optimizer)
 
     def on_train_batch_end(
         self,

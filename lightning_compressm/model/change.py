@@ -62,7 +62,8 @@ def change(
         >>> model.weight.shape
         torch.Size([4, 2])
     """
-    copies = find_copies(model, [*averages_inside(model), *averages])
+    candidates = [*averages_inside(model), *averages]
+    copies = find_copies(model, candidates) if candidates else []
     for path, original in (twins or {}).items():
         average = model.get_submodule(path)
         copies.append(ModelCopy(average, average, original))

@@ -8,7 +8,6 @@ no name is only ever sliced.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +18,7 @@ from lightning_compressm._precision import double
 from lightning_compressm.surgery.apply import Replacement
 from lightning_compressm.surgery.plan import Combine, Contract, Select, real_parts, take
 
-__all__ = ["misfit", "transport_states", "truncate_state"]
+__all__ = ["misfit", "transport_states", "truncate_state", "unknown_keys"]
 
 State = dict[str, Any]
 
@@ -86,6 +85,29 @@ def truncate_state(replacement: Replacement, state: State) -> State | None:
     return result
 
 
+def unknown_keys(replaced: Mapping[str, Replacement], states: Mapping[str, State]) -> set[str]:
+    """State that can't be carried into a new basis, since its name says nothing of what it is.
+
+    Args:
+        replaced: tensor name -> what replaced it.
+        states: tensor name -> the optimizer's state of the old tensor.
+
+    Example:
+        >>> import torch
+        >>> from lightning_compressm.surgery.plan import TensorEdit
+        >>> replacement = Replacement(torch.zeros(4), torch.zeros(2), TensorEdit(torch.zeros(2)))
+        >>> unknown_keys({"w": replacement}, {"w": {"z": torch.ones(4), "exp_avg": torch.ones(4)}})
+        {'z'}
+    """
+    return {
+        key
+        for name, state in states.items()
+        if not isinstance(replaced[name].edit.moments, Select)
+        for key, value in state.items()
+        if _kind(key) == "unknown" and not _keeps(value, replaced[name].old)
+    }
+
+
 def misfit(state: State, parameter: Tensor) -> str | None:
     """The first of the well-known state tensors that can't belong to ``parameter``, if any.
 
@@ -139,12 +161,7 @@ def _transport_tensor(
         if value.shape[rule.dim] != replacement.old.shape[rule.dim]:
             return value.clone()
         return take(value, rule.dim, rule.index)
-    if kind == "unknown":
-        warnings.warn(
-            f"the optimizer's state '{key}' is not known to follow gradients or their squares, so "
-            "parameters in a new basis start theirs anew",
-            stacklevel=2,
-        )
+    if kind == "unknown":  # see `unknown_keys`
         return None
     if kind == "point":
         return replacement.new.detach().clone()

@@ -6,19 +6,22 @@ parameter groups; so both stay, and only the tensors inside change.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from copy import copy
+from inspect import signature
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, SGD, Optimizer
+from torch.optim import LBFGS, SGD, Adagrad, Optimizer
 
 from lightning_compressm._undo import all_or_nothing
 from lightning_compressm.errors import UnsupportedOptimizerError
 from lightning_compressm.surgery.apply import Replacement
-from lightning_compressm.surgery.moments import transport_states, truncate_state
+from lightning_compressm.surgery.moments import transport_states, truncate_state, unknown_keys
 
 __all__ = [
     "OptimizerStatePolicy",
@@ -57,7 +60,8 @@ def check_optimizer(optimizer: object) -> None:
     if held and not isinstance(optimizer, LBFGS):
         raise UnsupportedOptimizerError(
             f"{name} keeps its own references to parameters in {sorted(held)}; they would go stale "
-            "after a reduction. Use an optimizer that reads `param_groups`."
+            "after a reduction. Use an optimizer that reads `param_groups`, and keeps what belongs "
+            "to a parameter in `state`."
         )
 
 
@@ -150,6 +154,7 @@ def _new_states(
     if policy == "reset":
         return {n: _initial_state(optimizer, replaced[n], s) for n, s in states.items()}
     if policy == "transport":
+        _tell_of(unknown_keys(replaced, states), optimizer)
         carried = transport_states(replaced, states)
     else:
         carried = {
@@ -162,6 +167,22 @@ def _new_states(
     return carried
 
 
+_told: WeakKeyDictionary[Optimizer, set[str]] = WeakKeyDictionary()
+
+
+def _tell_of(keys: set[str], optimizer: Optimizer) -> None:
+    """Warn of state that is not known; once for each optimizer, whatever it is that has it."""
+    told = _told.setdefault(optimizer, set())
+    new = sorted(keys - told)
+    told |= keys
+    if new:
+        warnings.warn(
+            f"the state {', '.join(map(repr, new))} of {type(optimizer).__name__} is not known to "
+            "follow gradients or their squares, so parameters in a new basis start theirs anew",
+            stacklevel=2,
+        )
+
+
 def _initial_state(
     optimizer: Optimizer, replacement: Replacement, old: dict[str, Any]
 ) -> dict[str, Any]:
@@ -169,7 +190,15 @@ def _initial_state(
     if isinstance(optimizer, SGD) and torch.is_tensor(old.get("momentum_buffer")):
         # Fused SGD does not mix parameters with and without momentum; zero is how it starts.
         return {"momentum_buffer": torch.zeros_like(replacement.new)}
+    if isinstance(optimizer, Adagrad):  # up to torch 2.11 its constructor alone fills it
+        group = next(g for g in optimizer.param_groups if _is_in(replacement.old, g["params"]))
+        options = {k: v for k, v in group.items() if k in signature(Adagrad).parameters}
+        return dict(Adagrad(**options | {"params": [replacement.new]}).state[replacement.new])
     return {}
+
+
+def _is_in(tensor: Tensor, tensors: Iterable[Tensor]) -> bool:
+    return any(one is tensor for one in tensors)
 
 
 def _swap(
@@ -209,7 +238,7 @@ def _restorer(optimizer: Optimizer) -> Callable[[], None]:
 
 
 def _held_parameters(optimizer: Optimizer) -> set[str]:
-    """Names of attributes other than param_groups and state that hold parameters."""
+    """Names of attributes other than param_groups and state that hold parameters, or their ids."""
     params = {id(p) for group in optimizer.param_groups for p in group["params"]}
 
     def holds(value: object) -> bool:
@@ -219,7 +248,9 @@ def _held_parameters(optimizer: Optimizer) -> set[str]:
             items = [*value.keys(), *value.values()]
         else:
             items = value if isinstance(value, list | tuple | set) else [value]
-        return any(isinstance(item, Tensor) and id(item) in params for item in items)
+        # An id is what those go by who key their buffers by parameter.
+        ids = (id(item) if isinstance(item, Tensor) else item for item in items)
+        return any(isinstance(item, int) and item in params for item in ids)
 
     own = {k: v for k, v in vars(optimizer).items() if k not in ("param_groups", "state")}
     return {name for name, value in own.items() if holds(value)}

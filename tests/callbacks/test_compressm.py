@@ -464,3 +464,26 @@ def test_a_layer_that_is_trained_on_is_folded(tmp_path: Any, balance: Any, form:
     callback = CompreSSMCallback(state_dim=3, balance=balance, window=(0, 6), verbose=False)
     trainer(tmp_path, callback).fit(Classifier(), loader())
     assert {event["balance"] for event in callback.history} == {form}
+
+
+class Lazy(torch.optim.SGD):
+    """Keeps buffers by the parameters' ids, and makes them in its first step."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        self.buffers = {id(p): p.detach().clone() for g in self.param_groups for p in g["params"]}
+        return loss
+
+
+def test_buffers_by_id_that_come_late_end_the_run_at_the_second_step(tmp_path: Any) -> None:
+    class Model(Classifier):
+        def configure_optimizers(self) -> Any:
+            return Lazy(self.parameters(), lr=0.1)
+
+    model = Model()
+    with pytest.raises(
+        UnsupportedOptimizerError, match=r"references to parameters in \['buffers'\]"
+    ):
+        trainer(tmp_path, CompreSSMCallback(**REDUCES, verbose=False)).fit(model, loader())
+    assert len(model.losses) == 2
+    assert model.net.first.d_state == 24

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from copy import deepcopy
@@ -334,6 +335,46 @@ def test_parameters_that_never_stepped_stay_without_state():
     _train(case, optimizer)
 
 
+class PointKeeper(optim.SGD):
+    """Keeps a point of the weights' own space for each parameter, as schedule-free ones do."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for parameter in _held(self):
+            self.state[parameter].setdefault("z", parameter.detach().clone())
+            self.state[parameter].setdefault("y", parameter.detach().clone())
+        return loss
+
+
+def test_state_that_is_not_known_is_told_of_once_for_each_optimizer():
+    case = LRUCase()
+    optimizer = PointKeeper(case.model.parameters(), LR)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for order in (8, 5, 3):
+            _train(case, optimizer)
+            assert "z" in optimizer.state[case.model[1].B_re]
+            rebind_optimizers([optimizer], apply_plan(case.model, case.plan(order)))
+            assert not optimizer.state.get(case.model[1].B_re)
+    assert [str(w.message).partition(" is not")[0] for w in caught] == [
+        "the state 'y', 'z' of PointKeeper"
+    ]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_adagrad_starts_again_as_its_constructor_does(fused: bool):
+    case = SelectCase()
+    start = {"initial_accumulator_value": 0.1, "fused": fused}
+    optimizer = optim.Adagrad([{"params": case.model.parameters(), **start}], LR)
+    _train(case, optimizer)
+    rebind_optimizers([optimizer], apply_plan(case.model, case.plan()), "reset")
+    weight = case.model[0].weight
+    _assert_same_state(optimizer.state[weight], optim.Adagrad([weight], **start).state[weight])
+    assert optimizer.state[weight]["sum"].eq(0.1).all()
+    _train(case, optimizer)
+    assert optimizer.state[weight]["step"] == 1
+
+
 def test_several_optimizers_each_keep_their_parameters():
     case = LRUCase()
     lru = list(case.model[1].parameters())
@@ -392,6 +433,8 @@ class Hoarder(optim.SGD):
         (lambda p: Hoarder(p, lambda ps: {"a": ps[0]}), "mine"),
         (lambda p: Hoarder(p, lambda ps: {ps[0]: 1}), "mine"),
         (lambda p: Hoarder(p, lambda ps: optim.Adam(ps)), "mine"),
+        (lambda p: Hoarder(p, lambda ps: {id(q): torch.zeros_like(q) for q in ps}), "mine"),
+        (lambda p: Hoarder(p, lambda ps: {id(ps[0])}), "mine"),
         (lambda p: "adam", "expected torch.optim.Optimizer objects, got str"),
         (lambda p: optim.lr_scheduler.StepLR(optim.SGD(p, LR), 1), "got StepLR"),
     ],
