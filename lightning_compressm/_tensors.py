@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ def replaceable(model: nn.Module, name: str) -> Tensor:
     Raises:
         SurgeryError: if there is none.
         UnsupportedLayerError: for parametrizations, tensors of special types, and hooks after
-            accumulation of gradients.
+            accumulation of gradients or on the node that accumulates them.
 
     Example:
         >>> replaceable(nn.Linear(2, 3), "weight").shape
@@ -48,14 +49,42 @@ def replaceable(model: nn.Module, name: str) -> Tensor:
             f"'{name}' is neither a parameter nor a buffer of the model. If an adapter (LoRA) "
             "wraps it, merge that first, or ignore this layer."
         )
-    plain = type(tensor) in (nn.Parameter, Tensor, nn.Buffer)
-    if not plain or getattr(tensor, "_post_accumulate_grad_hooks", None):
-        what = "hooks after accumulation" if plain else f"type {type(tensor).__name__}"
+    found = _refused(tensor)
+    if found:
         raise UnsupportedLayerError(
-            f"'{name}' has {what}; expected a plain nn.Parameter without, since they can't be "
-            "moved to a new one. Remove them or ignore this layer."
+            f"'{name}' has {found}; expected a plain nn.Parameter without, since they can't be "
+            "moved to a new one. Remove them first, or ignore this layer."
         )
     return tensor
+
+
+def _refused(tensor: Tensor) -> str:
+    """What a new tensor would silently lose; empty if nothing."""
+    if type(tensor) not in (nn.Parameter, Tensor, nn.Buffer):
+        return f"type {type(tensor).__name__}"
+    if getattr(tensor, "_post_accumulate_grad_hooks", None):
+        return "hooks after accumulation"
+    if _accumulation_hooks(tensor):
+        return "hooks on the node that accumulates its gradient (AccumulateGrad)"
+    return ""
+
+
+def _accumulation_hooks(tensor: Tensor) -> list[Callable[..., Any]]:
+    """Hooks on the node that writes a parameter's ``grad``.
+
+    Torch does not list them, but those of one node share a dictionary, which a new one's handle
+    knows. The node lives as long as somebody holds it; otherwise this is a new one without any.
+    """
+    if not (tensor.requires_grad and tensor.is_leaf) or tensor.is_inference():
+        return []
+    with torch.enable_grad():
+        function: Any = tensor.expand_as(tensor).grad_fn
+    node, found = function.next_functions[0][0], []
+    for register in (node.register_hook, node.register_prehook):
+        handle = register(lambda *gradients: None)
+        found += [hook for key, hook in handle.hooks_dict_ref().items() if key != handle.id]
+        handle.remove()
+    return found
 
 
 def refuse_parametrized(owner: nn.Module, key: str) -> None:

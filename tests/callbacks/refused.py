@@ -94,6 +94,12 @@ def _hook(net: Any) -> None:
     net.first.B_re.register_post_accumulate_grad_hook(lambda parameter: None)
 
 
+def _hook_node(net: Any) -> None:
+    function: Any = net.first.B_re.expand_as(net.first.B_re).grad_fn
+    net.node = function.next_functions[0][0]
+    net.node.register_hook(lambda *gradients: None)
+
+
 class Adapter(nn.Module):
     """Wraps a linear map, as libraries for low-rank adaptation do."""
 
@@ -288,6 +294,12 @@ REFUSED = [
         "'net.first' can't be reduced: 'B_re' has hooks after accumulation",
         "UnsupportedLayerError",
         model=lambda: changed(_hook),
+    ),
+    Refused(
+        "hooks on the node that accumulates a state parameter's gradient",
+        r"'net.first' can't be reduced: 'B_re' has hooks on the node .* \(AccumulateGrad\)",
+        "UnsupportedLayerError",
+        model=lambda: changed(_hook_node),
     ),
     Refused(
         "a copy of trained layers that is not trained, such as an average by hand",

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from lightning_compressm.errors import NonFiniteError, SurgeryError, UnsupportedLayerError
 from lightning_compressm.surgery import apply
-from lightning_compressm.surgery.apply import apply_plan
+from lightning_compressm.surgery.apply import apply_plan, check_replaceable
 from lightning_compressm.surgery.plan import SurgeryPlan, TensorEdit
 from tests.surgery.models import SelectCase
 
@@ -224,6 +224,22 @@ def _post_hooked(model: nn.Module) -> None:
     model[2].weight.register_post_accumulate_grad_hook(lambda p: None)
 
 
+def _accumulator(parameter: torch.Tensor) -> Any:
+    """The node that writes the gradient; it lives as long as somebody holds it."""
+    node: Any = parameter.expand_as(parameter).grad_fn
+    return node.next_functions[0][0]
+
+
+def _node_hooked(model: nn.Module) -> None:
+    model.node = _accumulator(model[2].weight)
+    model.node.register_hook(lambda *gradients: None)
+
+
+def _node_prehooked(model: nn.Module) -> None:
+    model.node = _accumulator(model[2].weight)
+    model.node.register_prehook(lambda *gradients: None)
+
+
 def _pruned(model: nn.Module) -> None:
     prune.random_unstructured(model[2], "weight", 0.5)
 
@@ -245,6 +261,8 @@ def _lazy(model: nn.Module) -> None:
         (_spectral, UnsupportedLayerError, "parametrized"),
         (_identity, UnsupportedLayerError, "remove_parametrizations"),
         (_post_hooked, UnsupportedLayerError, "has hooks after accumulation"),
+        (_node_hooked, UnsupportedLayerError, "has hooks on the node that accumulates"),
+        (_node_prehooked, UnsupportedLayerError, "has hooks on the node that accumulates"),
         (_pruned, SurgeryError, "neither a parameter nor a buffer"),
         (_special, UnsupportedLayerError, "type Special"),
         (_lazy, UnsupportedLayerError, "type UninitializedParameter"),
@@ -324,6 +342,20 @@ def test_a_failure_in_the_middle_takes_everything_back(
     Fragile.armed = False
     _assert_untouched(model, before)
     assert not hasattr(model[0], "kind")
+
+
+def test_looking_for_hooks_on_a_node_leaves_it_as_it_is():
+    """A node that somebody holds, as DDP does, without hooks or with some that were removed."""
+    layer, calls = nn.Linear(3, 4, bias=False), []
+    node = _accumulator(layer.weight)
+    handle = node.register_hook(lambda *gradients: calls.append("hook"))
+    with torch.no_grad(), pytest.raises(UnsupportedLayerError, match="AccumulateGrad"):
+        check_replaceable(layer, ["weight"])
+    layer(torch.ones(1, 3)).sum().backward()
+    assert calls == ["hook"]
+    handle.remove()
+    check_replaceable(layer, ["weight"])
+    assert _accumulator(layer.weight) is node
 
 
 def test_gradient_hooks_go_on_and_can_still_be_removed():
