@@ -18,7 +18,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 
 from lightning_compressm import CompreSSMCallback
 
-from .helpers import Classifier, loader, trainer
+from .helpers import Classifier, WithAverage, loader, trainer
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -28,6 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "frozen": {},
     "manual_static": {"static_graph": True},
     "ema": {},
+    "average": {},
     "rollback": {"static_graph": True},
     "two_rates": {},
 }
@@ -72,7 +73,7 @@ class FailOnRank(Callback):
         self.rank = rank
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        if trainer.global_rank == self.rank:
+        if trainer.global_rank == self.rank and trainer.global_step == 2:  # the swap comes next
             trainer.optimizers[0].mine = list(pl_module.parameters())
 
 
@@ -94,6 +95,7 @@ def run(case: str, tmp: Path, *, devices: int) -> dict[str, Any]:
     """Train one case; with one device it is the reference of the same global batch."""
     optimizer, option = case.split("/")
     models = {"manual_static": Manual, "rollback": Scored, "two_rates": TwoRates}
+    models["average"] = WithAverage
     model = models.get(option, Classifier)(optimizer)
     if option == "frozen":
         model.net.first.requires_grad_(False)
@@ -105,6 +107,8 @@ def run(case: str, tmp: Path, *, devices: int) -> dict[str, Any]:
         tolerance=0.2,
         window=(0.0, 0.6),
         every_n_epochs=2 if option == "rollback" else 1,
+        layers=["net.*"] if option == "frozen" else None,
+        averages=["ema.*"] if option == "average" else None,
         monitor="score" if option == "rollback" else None,
         verbose=False,
         learning_speed=option == "two_rates",

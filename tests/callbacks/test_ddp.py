@@ -23,6 +23,7 @@ CASES = [
     "adamw/frozen",
     "adamw/manual_static",
     "adamw/ema",
+    "adamw/average",
     "adamw/rollback",
     "adamw/budget",
     "adamw/two_rates",
