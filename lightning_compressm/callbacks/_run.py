@@ -23,6 +23,7 @@ from lightning_compressm.callbacks._speed import SpeedKeeper
 from lightning_compressm.callbacks._strategy import swap
 from lightning_compressm.callbacks._trial import Batch, LossTrials
 from lightning_compressm.callbacks._watch import TrainingWatch
+from lightning_compressm.callbacks._weights import Fingerprint, fingerprint, trained
 from lightning_compressm.callbacks.schedule import Looks, Schedule
 from lightning_compressm.errors import NonFiniteError
 from lightning_compressm.model.frozen import ChosenLayers, choose_layers
@@ -36,8 +37,6 @@ from lightning_compressm.reduction.processes import Processes
 from lightning_compressm.surgery.optimizer import OptimizerStatePolicy, check_optimizer
 
 __all__ = ["ReductionRun"]
-
-Fingerprint = tuple[tuple[int, int], ...]
 
 
 class ReductionRun:
@@ -100,7 +99,7 @@ class ReductionRun:
         """
         if trainer.global_step == 0 or self.model is None:
             return False
-        same = self.model() is pl_module and self._left == _fingerprint(pl_module)
+        same = self.model() is pl_module and self._left == fingerprint(pl_module)
         if not same and (self.pending is not None or self.guard.keeps):
             rank_zero_warn(
                 "CompreSSMCallback drops a reduction that was decided, or waited for its verdict, "
@@ -112,7 +111,7 @@ class ReductionRun:
         """Remember the weights at the end of a fit, however it came."""
         self.watch.detach()
         self.speed.detach()
-        self._left = _fingerprint(pl_module)
+        self._left = fingerprint(pl_module)
 
     def __getstate__(self) -> dict[str, Any]:
         """Another process, or a copy, finds layers of its own when it begins."""
@@ -122,7 +121,7 @@ class ReductionRun:
         """Belong to this model from now on, and tell its layers apart."""
         policy = self.policy
         self.chosen = choose_layers(
-            pl_module, policy.layers, policy.ignore, policy.averages, trained=_trained(trainer)
+            pl_module, policy.layers, policy.ignore, policy.averages, trained=trained(trainer)
         )
         if self.chosen.frozen:
             rank_zero_warn(
@@ -287,15 +286,3 @@ class ReductionRun:
         self.trials.load_state_dict(saved.trial)
         self.guard.load_state_dict(saved.rollback)
         self.speed.load_state_dict(saved.speed)
-
-
-def _trained(trainer: pl.Trainer) -> set[int]:
-    """Ids of the parameters that optimizers hold and that get gradients."""
-    groups = (group for optimizer in trainer.optimizers for group in optimizer.param_groups)
-    return {id(p) for group in groups for p in group["params"] if p.requires_grad}
-
-
-def _fingerprint(module: nn.Module) -> Fingerprint:
-    """Which tensors a model has, and how often they were changed in place."""
-    tensors = (*module.parameters(), *module.buffers())
-    return tuple((id(t), -1 if t.is_inference() else t._version) for t in tensors)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
+from lightning_compressm._tensors import replaceable
 from lightning_compressm.errors import NonFiniteError, SurgeryError, UnsupportedLayerError
 from lightning_compressm.surgery import apply
-from lightning_compressm.surgery.apply import apply_plan, check_replaceable
+from lightning_compressm.surgery.apply import apply_plan
 from lightning_compressm.surgery.plan import SurgeryPlan, TensorEdit
 from tests.surgery.models import SelectCase
 
@@ -350,11 +351,11 @@ def test_looking_for_hooks_on_a_node_leaves_it_as_it_is():
     node = _accumulator(layer.weight)
     handle = node.register_hook(lambda *gradients: calls.append("hook"))
     with torch.no_grad(), pytest.raises(UnsupportedLayerError, match="AccumulateGrad"):
-        check_replaceable(layer, ["weight"])
+        replaceable(layer, "weight")
     layer(torch.ones(1, 3)).sum().backward()
     assert calls == ["hook"]
     handle.remove()
-    check_replaceable(layer, ["weight"])
+    replaceable(layer, "weight")
     assert _accumulator(layer.weight) is node
 
 
