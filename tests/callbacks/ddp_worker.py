@@ -31,6 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "average": {},
     "rollback": {"static_graph": True},
     "two_rates": {},
+    "budget": {},
 }
 
 
