@@ -6,7 +6,7 @@ Nothing here knows a Trainer.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 
@@ -28,7 +28,7 @@ class Window:
 
     start: int
     end: int
-    looks: tuple[int, ...] = ()
+    looks: tuple[int, ...] = field(default=(), repr=False)
     """Steps after which to look; if there are none, the schedule's interval says it."""
 
     def contains(self, step: int) -> bool:
