@@ -107,10 +107,10 @@ class _Rises:
         self.loss_of = loss_of
         self.trial = trial
         self.before = loss_of({})
-        self._measured: dict[frozenset[int], float] = {}
+        self._measured: dict[frozenset[Cut], float] = {}
 
     def of(self, choice: Choice) -> float:
-        key = frozenset(id(cut) for cut in choice.values())
+        key = frozenset(choice.values())  # which keeps them: their ids could be given again
         if key not in self._measured:
             self._measured[key] = self.loss_of(choice) - self.before if choice else 0.0
         return self._measured[key]

@@ -77,3 +77,20 @@ def test_layers_that_share_a_dimension_are_cut_alike_or_not_at_all() -> None:
     assert [found[i].event.new_state_dim for i in (0, 1)] == [48, 48]
     found = affordable(options, none, losses, TRIAL, as_one=True)
     assert [found[i].event.new_state_dim for i in (0, 1)] == [64, 64]
+
+
+def test_what_one_cut_costs_is_not_remembered_of_another() -> None:
+    """Smaller cuts are made when they are asked for, and dropped where they are refused."""
+    layers = range(20)
+    rises = {(i, 32): 0.5 + i for i in layers} | {
+        (i, 48): 0.005 if i % 3 == 2 else 0.3 for i in layers
+    }
+
+    def loss_of(choice: Mapping[int, Cut]) -> float:
+        return 3 + sum(rises[i, one.event.new_state_dim] for i, one in choice.items())
+
+    options = {i: [cut(i, 32)] for i in layers}
+    found = affordable(options, lambda i: [cut(i, 48)], loss_of, TRIAL)
+    assert [found[i].event.new_state_dim for i in layers] == [
+        48 if i % 3 == 2 else 64 for i in layers
+    ]
