@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_compressm.model.layers import SSMLayer
 
-__all__ = ["CallRecorder", "Kept", "Seen", "silent"]
+__all__ = ["Attached", "CallRecorder", "Kept", "Seen", "silent"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,33 @@ class Kept:
         return self._version is None or self.tensor._version == self._version
 
 
-class CallRecorder:
+class Attached:
+    """Hooks that listen, from the construction on to the end of a ``with`` block.
+
+    Example:
+        >>> with Attached() as nothing:
+        ...     nothing.handles
+        []
+    """
+
+    def __init__(self) -> None:
+        self.handles: list[RemovableHandle] = []
+
+    def close(self) -> None:
+        """Remove all hooks; safe to call at any time."""
+        while self.handles:
+            self.handles.pop().remove()
+
+    def __enter__(self) -> Self:
+        """The object itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Remove all hooks."""
+        self.close()
+
+
+class CallRecorder(Attached):
     """Records how layers are called in one batch, while it is attached to them.
 
     Args:
@@ -93,10 +119,11 @@ class CallRecorder:
     """
 
     def __init__(self, layers: Mapping[str, SSMLayer], copied: Collection[str] = ()) -> None:
+        super().__init__()
         self.lengths: dict[str, int] = {}
         self.inputs: dict[str, list[Kept]] = defaultdict(list)
         self._copied = copied
-        self._handles: list[RemovableHandle] = [
+        self.handles += [
             layer.module.register_forward_pre_hook(_Hook(self, layer), with_kwargs=True)
             for layer in layers.values()
         ]
@@ -119,19 +146,6 @@ class CallRecorder:
         inputs = layer.family.inputs(args, kwargs) if layer.family.needs_data else None
         if inputs is not None:
             self.inputs[layer.name].append(Kept(inputs, copy=layer.name in self._copied))
-
-    def close(self) -> None:
-        """Detach from all layers."""
-        while self._handles:
-            self._handles.pop().remove()
-
-    def __enter__(self) -> CallRecorder:
-        """The recorder itself; it is attached from its construction on."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Detach."""
-        self.close()
 
 
 class _Hook:

@@ -19,12 +19,12 @@ from lightning_compressm.families import Family
 from lightning_compressm.model.layers import SSMLayer
 from lightning_compressm.nn.moments import state_moments
 from lightning_compressm.reduction.output_check import explains
-from lightning_compressm.reduction.recorder import Kept, silent
+from lightning_compressm.reduction.recorder import Attached, Kept, silent
 
 __all__ = ["TaskRecorder"]
 
 
-class TaskRecorder:
+class TaskRecorder(Attached):
     """Records Gramians of the task in forward and backward passes, while it is attached to layers.
 
     A call counts when the gradient of the loss arrives at the layer's output, once for each
@@ -77,18 +77,18 @@ class TaskRecorder:
         self, layers: Mapping[str, SSMLayer], *, scale: float = 1.0, max_steps: int = 4096
     ) -> None:
         COUNT.check("max_steps", max_steps)
+        super().__init__()
         self.scale, self.max_steps = scale, max_steps
         self.unavailable: dict[str, str] = {}
         self._sums: dict[str, TaskGramians] = {}
         self._open: dict[str, _Listener] = {}
-        self._handles: list[RemovableHandle] = []
         for name, layer in layers.items():
             system = self._system_of(name, layer)
             if system is not None:
                 self._open[name] = _Listener(self, layer, system)
         for listener in self._open.values():
             hook = listener.layer.module.register_forward_hook(listener, with_kwargs=True)
-            self._handles.append(hook)
+            self.handles.append(hook)
 
     @property
     def gramians(self) -> dict[str, TaskGramians]:
@@ -102,20 +102,7 @@ class TaskRecorder:
     def watch(self, output: Tensor, hook: Callable[[Tensor], None]) -> None:
         """Call the hook when the gradient of an output is there, as long as this is attached."""
         handle: RemovableHandle = output.register_hook(hook)  # type: ignore[no-untyped-call]
-        self._handles.append(handle)
-
-    def close(self) -> None:
-        """Detach from all layers, and from outputs whose gradient is still to come."""
-        while self._handles:
-            self._handles.pop().remove()
-
-    def __enter__(self) -> TaskRecorder:
-        """The recorder itself; it is attached from its construction on."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Detach."""
-        self.close()
+        self.handles.append(handle)
 
     def _system_of(self, name: str, layer: SSMLayer) -> DiagonalLTI | None:
         if not isinstance(layer.family, Family):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
+from lightning_compressm._names import is_inside
 from lightning_compressm.errors import CheckpointError
 from lightning_compressm.surgery.plan import SurgeryPlan
 
@@ -65,7 +66,7 @@ def state_parameters(
         name
         for name, edit in plan.edits.items()
         if name in parameters
-        and _is_inside(name, path)
+        and is_inside(name, path)
         and _consists_of_states(parameters[name].shape, edit.value.shape, old_dim, new_dim)
     ]
 
@@ -122,7 +123,7 @@ class LearningSpeed:
 
     def followed(self, path: str) -> list[str]:
         """The names of the followed parameters inside a layer."""
-        return [name for name in self._dims if _is_inside(name, path)]
+        return [name for name in self._dims if is_inside(name, path)]
 
     def attach(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
         """Watch the steps of these optimizers until :meth:`detach`.
@@ -256,10 +257,6 @@ class _Stretch:
         kept, self._kept = self._kept, []
         for parameter, before, factor in kept:
             parameter.add_(before.sub_(parameter).mul_(1 - factor))
-
-
-def _is_inside(name: str, path: str) -> bool:
-    return not path or name.startswith(f"{path}.")
 
 
 def _consists_of_states(old: torch.Size, new: torch.Size, old_dim: int, new_dim: int) -> bool:
