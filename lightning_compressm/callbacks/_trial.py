@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from copy import deepcopy
 from typing import Any
@@ -91,7 +91,8 @@ class LossTrials:
         steps = trainer.accumulate_grad_batches / processes.size
         scale = processes.agree(abs(float(processes.add_up(mean))) * steps)
         assert policy.loss_budget is not None
-        return Trial(loss, policy.loss_budget, scale, self.starts, _shared(run.task(), processes))
+        task = _shared(run.task(self.starts), processes)
+        return Trial(loss, policy.loss_budget, scale, self.starts, task)
 
     def _say(self, why: str) -> None:
         if not self._told:
@@ -120,6 +121,7 @@ class _Run:
         # The class's own: an instance may hold a compiled one, of the original.
         self.step = type(pl_module).training_step
         self.copy = pl_module
+        self.before = float("nan")  # the loss of the model as it is
 
     def prepare(self) -> str:
         """Why the loss can't be told; empty if it can."""
@@ -131,21 +133,23 @@ class _Run:
             self.copy = _copy(self.pl_module)
             self.copy.trainer = self.trainer
             self.copy.eval()
-            self.loss(SurgeryPlan())
+            with torch.no_grad():
+                self.before = float(self._forward())
         except Exception as error:
             return describe(error)
         return ""
 
     def loss(self, plan: SurgeryPlan) -> float:
         """The loss after a plan."""
+        if not plan:
+            return self.before
         with ExitStack() as undo, torch.no_grad():
-            if plan:
-                apply_plan(self.copy, plan, undo)
+            apply_plan(self.copy, plan, undo)
             return float(self._forward())
 
-    def task(self) -> dict[str, TaskGramians]:
-        """Layer name -> Gramians of this batch, of the layers that have some."""
-        layers = find_ssm_layers(self.copy)
+    def task(self, names: Collection[str]) -> dict[str, TaskGramians]:
+        """Layer name -> Gramians of this batch, of those of the layers that have some."""
+        layers = {n: layer for n, layer in find_ssm_layers(self.copy).items() if n in names}
         try:
             with TaskRecorder(layers) as recorder:
                 torch.autograd.backward(self._forward())

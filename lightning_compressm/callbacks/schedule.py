@@ -84,6 +84,11 @@ class Schedule:
         """Whether the window is given in shares of the run."""
         return any(isinstance(x, float) for x in self.window)
 
+    @property
+    def _at_ends(self) -> bool:
+        """Whether there are looks at the window's ends and no others."""
+        return self.ends_only and not self.every_n_steps
+
     def resolve(self, total_steps: float | None) -> Window:
         """Tie the window to a run of ``total_steps`` optimizer steps (``None`` if unknown).
 
@@ -95,7 +100,7 @@ class Schedule:
         known = total_steps is not None and isfinite(total_steps) and total_steps > 0
         start, end = self.window
         if self.is_share:
-            if not known and self.ends_only and not self.every_n_steps:
+            if not known and self._at_ends:
                 return Window(0, ENDLESS[-1], ENDLESS)
             if not known:
                 raise ValueError(
@@ -113,8 +118,7 @@ class Schedule:
                 "an earlier window, or train longer."
             )
         start, end = int(start), min(int(end), last)
-        only = self.ends_only and not self.every_n_steps
-        looks = tuple(sorted({step for step in (start, end) if step})) if only else ()
+        looks = tuple(sorted({step for step in (start, end) if step})) if self._at_ends else ()
         return Window(start, end, looks)
 
     def due_at_epoch_end(self, window: Window, step: int, epoch: int) -> bool:

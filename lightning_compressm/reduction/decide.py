@@ -103,21 +103,10 @@ def decide(
             chosen = [choice[i] if i in choice else Cut(LayerEvent.skip(own[i])) for i in alike]
             return trial.loss(Decision.of(model, twins, chosen, {}).plan)
 
-        def also(orders: Mapping[int, Order]) -> dict[int, list[Cut]]:
-            """Cuts by Gramians of the task."""
-            task = {i: alike[i] for i in orders if own[i].name in trial.task}
-            found = processes.map(partial(work.task_cuts, looked, orders, trial), task)
-            return {i: outcome.value or [] for i, outcome in found.items()}
-
-        def smaller(i: int) -> list[Cut]:
-            less = {i: smaller_cut(orders[i])}
-            (outcome,) = processes.map(partial(work.cut, looked, less), {i: alike[i]}).values()
-            cut = _result(own[i], outcome, looked[i])
-            return [cut, *also(less).get(i, [])] if cut.plan else []
-
+        attempts = _Attempts(work, alike, looked, trial, processes)
         wished = {i: cut for i, cut in cuts.items() if cut.plan}
-        others = also({i: orders[i] for i in wished})
-        options = {i: [cut, *others.get(i, [])] for i, cut in wished.items()}
+        options = attempts.beside(wished, orders)
+        smaller = partial(attempts.smaller, orders)
         cuts |= affordable(options, smaller, loss_of, trial, as_one=policy.share_state_dim)
     known = {x.name: s for x, s in zip(own, spectra, strict=True) if s is not None}
     return Decision.of(model, twins, [cuts[i] for i in alike], known)
@@ -226,7 +215,7 @@ class _Work:
     def task_cuts(
         self,
         looked: Mapping[int, Outcome[_Look]],
-        orders: Mapping[int, Order],
+        orders: Sequence[Order] | Mapping[int, Order],
         trial: Trial,
         i: int,
         processes: Processes,
@@ -238,6 +227,36 @@ class _Work:
         with about(self.layers[i]):
             task = trial.task[self.layers[i].name]
             return look.analysis.task_cuts(orders[i], self.policy, task)
+
+
+@dataclass(frozen=True, eq=False)
+class _Attempts:
+    """Cuts to choose from where each is tried before it is made."""
+
+    work: _Work
+    alike: Mapping[int, bool]
+    looked: Mapping[int, Outcome[_Look]]
+    trial: Trial
+    processes: Processes
+
+    def beside(
+        self, cuts: Mapping[int, Cut], orders: Sequence[Order] | Mapping[int, Order]
+    ) -> dict[int, list[Cut]]:
+        """Each cut, and after it those that are as large by Gramians of the task."""
+        names = {i: self.work.layers[i].name for i in cuts}
+        alike = {i: self.alike[i] for i in cuts if names[i] in self.trial.task}
+        task_cuts = partial(self.work.task_cuts, self.looked, orders, self.trial)
+        found = self.processes.map(task_cuts, alike)
+        others = {i: outcome.value or [] for i, outcome in found.items()}
+        return {i: [cut, *others.get(i, [])] for i, cut in cuts.items()}
+
+    def smaller(self, orders: Sequence[Order], i: int) -> list[Cut]:
+        """Cuts that take half as many states of a layer, if that is worth while."""
+        less = {i: smaller_cut(orders[i])}
+        half = partial(self.work.cut, self.looked, less)
+        (outcome,) = self.processes.map(half, {i: self.alike[i]}).values()
+        cut = _result(self.work.layers[i], outcome, self.looked[i])
+        return self.beside({i: cut}, less)[i] if cut.plan else []
 
 
 def _alike(layers: Sequence[SSMLayer]) -> dict[int, bool]:
