@@ -23,7 +23,7 @@ from torch.optim import (
 
 from lightning_compressm import CompreSSMCallback
 
-from .helpers import Classifier, StatefulLoader, loader, same, trainer
+from .helpers import Classifier, StatefulLoader, SteppedByHand, loader, same, trainer
 
 EPOCHS = 4
 SETTINGS: dict[str, Any] = {"tolerance": 0.2, "window": (0.0, 0.6), "verbose": False}
@@ -55,21 +55,11 @@ class AnyOptimizer(Classifier):
         return made
 
 
-class WithMuon(Classifier):
+class WithMuon(SteppedByHand, Classifier):
     """Matrices by Muon and the rest by AdamW, stepped by hand."""
 
     def __init__(self, optimizer: str = "muon") -> None:
         super().__init__(optimizer)
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        loss = super().training_step(batch, batch_idx)
-        optimizers = self.optimizers()
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        self.manual_backward(loss)
-        for optimizer in optimizers:
-            optimizer.step()
 
     def configure_optimizers(self) -> list[Optimizer]:
         matrices = [p for p in self.parameters() if p.ndim == 2]

@@ -114,6 +114,22 @@ class Classifier(pl.LightningModule):
         }
 
 
+class SteppedByHand(pl.LightningModule):
+    """Put before a module whose training_step gives a loss: its optimizers are stepped by hand."""
+
+    automatic_optimization = False  # type: ignore[assignment]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        loss = super().training_step(batch, batch_idx)
+        made = self.optimizers()
+        optimizers = made if isinstance(made, list) else [made]
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in optimizers:
+            optimizer.step()
+
+
 class WithAverage(Classifier):
     """Keeps a running average of `net`, as self-supervised and reinforcement learning do."""
 

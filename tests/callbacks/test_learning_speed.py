@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR, MultiplicativeLR, OneCycleLR, Ste
 from lightning_compressm import CompreSSMCallback
 
 from .checkpointing import EPOCHS, Run
-from .helpers import BATCHES, Classifier, StatefulLoader, loader, same, trainer
+from .helpers import BATCHES, Classifier, StatefulLoader, SteppedByHand, loader, same, trainer
 
 CUT = 3  # optimizer steps before it
 OPTIONS: dict[str, Any] = {
@@ -199,21 +199,12 @@ def test_a_second_cut_counts_from_the_first_dimension(tmp_path: Path):
     )
 
 
-class SeveralOptimizers(TwoRates):
+class SeveralOptimizers(SteppedByHand, TwoRates):
     """States by AdamW, the rest by something else, stepped by hand."""
 
     def __init__(self, other: Callable[[list[Tensor]], Any]) -> None:
         super().__init__()
-        self.other, self.automatic_optimization = other, False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        loss = super().training_step(batch, batch_idx)
-        optimizers = self.optimizers()
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        self.manual_backward(loss)
-        for optimizer in optimizers:
-            optimizer.step()
+        self.other = other
 
     def configure_optimizers(self) -> Any:
         states, others = self.groups()

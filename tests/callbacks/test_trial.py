@@ -15,7 +15,16 @@ from torchmetrics import MeanMetric
 
 from lightning_compressm import CompreSSMCallback
 
-from .helpers import BATCHES, Classifier, StatefulLoader, dataset, loader, same, trainer
+from .helpers import (
+    BATCHES,
+    Classifier,
+    StatefulLoader,
+    SteppedByHand,
+    dataset,
+    loader,
+    same,
+    trainer,
+)
 
 EPOCHS = 5  # 30 steps: looks after 3 and 6
 
@@ -94,16 +103,9 @@ def test_a_trial_leaves_no_trace(tmp_path: Path) -> None:
     assert all(same(a, b) for a, b in zip(*runs, strict=True))
 
 
-class Manual(Classifier):
+class Manual(SteppedByHand, Classifier):
     def __init__(self) -> None:
         super().__init__("adamw")
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(super().training_step(batch, batch_idx))
-        optimizer.step()
 
 
 class Unrepeatable(Classifier):
