@@ -101,7 +101,7 @@ class ReductionPolicy:
         >>> ReductionPolicy(tolerance=0.1, fraction=0.5)
         Traceback (most recent call last):
             ...
-        ValueError: expected at most one of tolerance, fraction, state_dim, loss_budget; got \
+        ValueError: expected at most one of tolerance, fraction and state_dim, or loss_budget; got \
 tolerance=0.1 and fraction=0.5. Keep the one that you mean.
     """
 
@@ -131,7 +131,7 @@ tolerance=0.1 and fraction=0.5. Keep the one that you mean.
         given = [f"{name}={value}" for name, value in targets.items() if value is not None]
         if len(given) > 1:
             raise ValueError(
-                f"expected at most one of {', '.join(TARGETS)}; got "
+                "expected at most one of tolerance, fraction and state_dim, or loss_budget; got "
                 f"{' and '.join(given)}. Keep the one that you mean."
             )
         if not given:

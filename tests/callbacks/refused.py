@@ -254,7 +254,7 @@ REFUSED = [
         "a run of unknown length, if the window is a share of it",
         "share of a run whose number of steps is unknown",
         "ValueError",
-        callbacks=lambda model: [CompreSSMCallback(tolerance=0.05, verbose=False)],
+        arguments=lambda: {"tolerance": 0.05},
         settings=lambda: {"max_epochs": -1},
     ),
     Refused(
