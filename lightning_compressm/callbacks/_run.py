@@ -160,13 +160,17 @@ class ReductionRun:
     ) -> None:
         """Act right after an optimizer step, where the schedule says so."""
         self.watch.detach()
-        self._note_loss(outputs, trainer.global_step)
-        if not self.looks.advance(trainer.global_step):  # gradients are still being accumulated
+        if not self.looks.to_come and not self.guard.verdict:
+            return
+        step = trainer.global_step
+        self._note_loss(outputs, step)
+        if not self.looks.advance(step):  # gradients are still being accumulated
             return
         self.roll_back(trainer, pl_module)
-        ending = trainer.current_epoch if trainer.is_last_batch else None
-        if not self.guard.allows_reduction or not self.looks.due_after_step(ending):
+        if not self.looks.due_after_step() or not self.guard.allows_reduction:
             return
+        if trainer.is_last_batch and self.looks.due_after_epoch(trainer.current_epoch):
+            return  # the look comes at its end
         if not is_last_step(trainer):
             self._look(trainer, pl_module, trainer.current_epoch, batch)
             self.execute(trainer, pl_module)
@@ -195,13 +199,15 @@ class ReductionRun:
         self.layers = layers
 
         def work(processes: Processes) -> dict[str, Any]:
-            seen, rule, trial = self.watch.seen, policy, None
+            start, seen, rule, trial = time.perf_counter(), self.watch.seen, policy, None
             if batch is not None and policy.loss_budget is not None:
                 trial = self.trials.prepare(trainer, pl_module, batch, policy, processes)
                 if trial is None:
                     rule = replace(policy, loss_budget=None, tolerance=DEFAULT_TOLERANCE)
             decision = decide(pl_module, layers, rule, seen, processes, seed=step, trial=trial)
-            return decision.at(step, epoch).to_dict()
+            told = sum(event.seconds for event in decision.events)
+            more = max(0.0, time.perf_counter() - start - told)  # trials, and what layers share
+            return decision.at(step, epoch).took(more).to_dict()
 
         # Every rank holds the decision of rank 0 afterwards.
         try:
@@ -215,11 +221,12 @@ class ReductionRun:
     def _note_loss(self, outputs: Any, step: int) -> None:
         """Without waiting for a device: there the value is read only where a look fails."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if not isinstance(loss, Tensor) or not self.looks.to_come:
+        if not isinstance(loss, Tensor):
             return
-        if loss.numel() == 1 and self.policy.loss_budget is not None:
+        single = loss.numel() == 1
+        if single and self.policy.loss_budget is not None:
             self.trials.note(loss)
-        if loss.device.type == "cpu" and loss.numel() == 1:
+        if single and loss.is_cpu:
             if self._bad_step is None and not math.isfinite(loss.item()):
                 self._bad_step = torch.tensor(step)
             return

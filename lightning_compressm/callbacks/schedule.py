@@ -208,18 +208,12 @@ class Looks:
         self._before, self.step = self.step, step
         return step != self._before
 
-    def due_after_step(self, ending_epoch: int | None = None) -> bool:
-        """Whether to look right after the latest optimizer step.
-
-        Args:
-            ending_epoch: the epoch, from 0, if this was its last batch: a look that comes at its
-                end needs none now.
-        """
-        if self.window is None:
-            return False
-        due = self.schedule.due_at_step(self.window, self._before, self.step, self.count)
-        at_end = ending_epoch is not None and self.due_after_epoch(ending_epoch)
-        return (self.overdue or due) and not at_end
+    def due_after_step(self) -> bool:
+        """Whether to look right after the latest optimizer step."""
+        return self.window is not None and (
+            self.overdue
+            or self.schedule.due_at_step(self.window, self._before, self.step, self.count)
+        )
 
     def end_epoch(self, epoch: int) -> bool:
         """Whether to look, asked once at the end of each epoch; later only if it was missed then.

@@ -175,13 +175,17 @@ def _factors(
 
 
 def _mixed(form: BalanceForm, seen: Tensor, own: Tensor, share: float) -> Tensor:
-    """A share of the system's own Gramian, as large as that of the task on the mean over states."""
+    """The task's Gramian with a share of the system's own, and as large as it on the mean.
+
+    The size of the loss and of the data must not reach the reduced B and C: a balanced B shrinks
+    where C grows, and an optimizer whose steps have one size would then move B far and C hardly.
+    """
     energy, scale = _energy(form, seen), _energy(form, own)
     ratio = torch.where(scale > 0, energy / scale, 0).mean(-1)
     # A channel without a signal in these batches may have one in others.
     least = torch.where(ratio > 0, ratio, torch.inf).amin()
-    ratio = torch.where(ratio > 0, ratio, least)
-    mixed: Tensor = (1 - share) * seen + (share * ratio)[..., None, None] * own
+    ratio = torch.where(ratio > 0, ratio, least)[..., None, None]
+    mixed: Tensor = (1 - share) / ratio * seen + share * own
     return mixed
 
 

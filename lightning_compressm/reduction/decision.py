@@ -60,10 +60,11 @@ class Decision:
         return replace(self, events=[replace(e, step=step, epoch=epoch) for e in self.events])
 
     def took(self, seconds: float) -> Decision:
-        """The same decision, the time of its swap shared by the layers that were reduced."""
-        share = seconds / max(1, sum(event.action == "reduce" for event in self.events))
+        """The same decision, so much more time shared by the layers that are reduced, or by all."""
+        reduced = [event for event in self.events if event.action == "reduce"]
+        sharing = reduced or self.events
         events = [
-            replace(e, seconds=e.seconds + share) if e.action == "reduce" else e
+            replace(e, seconds=e.seconds + seconds / len(sharing)) if e in sharing else e
             for e in self.events
         ]
         return replace(self, events=events)

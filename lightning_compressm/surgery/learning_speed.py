@@ -9,6 +9,7 @@ to the others' rate, the steps of what is left are lengthened by N/r.
 from __future__ import annotations
 
 import inspect
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -177,22 +178,26 @@ class LearningSpeed:
             by_id[id(parameter)]: float(factor)
             for optimizer in self._optimizers
             if _unit(optimizer)
-            for parameter, factor in self.to_extend(optimizer)
+            for factor, parameters in self.to_extend(optimizer)
+            for parameter in parameters
             if float(factor) > 1
         }
 
-    def to_extend(self, optimizer: Optimizer) -> Iterator[tuple[Tensor, float | Tensor]]:
-        """Parameters of an optimizer whose next update may be multiplied, and by what."""
+    def to_extend(self, optimizer: Optimizer) -> Iterator[tuple[float | Tensor, list[Tensor]]]:
+        """By what the next update may be multiplied, and the parameters of an optimizer for it."""
         ratios = self._ratios()
         if not ratios:
             return
         for group in optimizer.param_groups:
-            held = [p for p in group["params"] if id(p) in ratios]
-            limit = _limit(group, self._others(optimizer, group)) if held else 1.0
-            for parameter in held:
-                factor = _at_most(limit, ratios[id(parameter)])
+            alike: dict[float, list[Tensor]] = defaultdict(list)
+            for parameter in group["params"]:
+                if id(parameter) in ratios:
+                    alike[ratios[id(parameter)]].append(parameter)
+            limit = _limit(group, self._others(optimizer, group)) if alike else 1.0
+            for ratio, parameters in alike.items():
+                factor = _at_most(limit, ratio)
                 if torch.is_tensor(factor) or factor > 1:
-                    yield parameter, factor
+                    yield factor, parameters
 
     def _others(self, optimizer: Optimizer, own: Mapping[str, Any]) -> Iterator[float | Tensor]:
         """The rates of the other groups that train something, counted in the same unit."""
@@ -241,22 +246,25 @@ class _Stretch:
 
     def __init__(self, speed: LearningSpeed) -> None:
         self._speed = speed
-        self._kept: list[tuple[Tensor, Tensor, float | Tensor]] = []
+        self._kept: list[tuple[list[Tensor], list[Tensor], float | Tensor]] = []
 
     @torch.no_grad()
     def keep(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Before a step, and before the closure in it: the parameters as they are."""
-        self._kept = [
-            (parameter, parameter.detach().clone(), factor)
-            for parameter, factor in self._speed.to_extend(optimizer)
-        ]
+        self._kept = []
+        for factor, parameters in self._speed.to_extend(optimizer):
+            before = [torch.empty_like(parameter) for parameter in parameters]
+            torch._foreach_copy_(before, parameters)
+            self._kept.append((parameters, before, factor))
 
     @torch.no_grad()
     def extend(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """After a step: what has moved moves on. What has not stays the same to the bit."""
         kept, self._kept = self._kept, []
-        for parameter, before, factor in kept:
-            parameter.add_(before.sub_(parameter).mul_(1 - factor))
+        for parameters, before, factor in kept:
+            torch._foreach_sub_(before, parameters)
+            torch._foreach_mul_(before, 1 - factor)
+            torch._foreach_add_(parameters, before)
 
 
 def _consists_of_states(old: torch.Size, new: torch.Size, old_dim: int, new_dim: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,21 @@ def test_a_trial_leaves_no_trace(tmp_path: Path) -> None:
         runs.append((model.losses, model.state_dict(), model.calls, model.mean.compute(), logged))
     assert len(callbacks[0].history) == 4
     assert all(same(a, b) for a, b in zip(*runs, strict=True))
+
+
+class Slow(Classifier):
+    """Trials take their time."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        time.sleep(0 if self.training else 0.02)
+        return super().training_step(batch, batch_idx)
+
+
+def test_the_time_of_trials_is_told(tmp_path: Path) -> None:
+    callback = CompreSSMCallback(loss_budget=0.5, window=(3, 4), verbose=False)
+    fitted(tmp_path, Slow("adamw"), callback, max_steps=4)
+    told = sum(event["seconds"] for event in callback.history)
+    assert told > 4 * 0.02  # the loss as it is, the task's Gramians, and a cut of each layer
 
 
 class Manual(SteppedByHand, Classifier):

@@ -1,6 +1,7 @@
 """Task-aware Gramians: every truncation is stable, and nothing depends on how states are scaled."""
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from lightning_compressm.control import DiagonalLTI, balanced_truncation, real_g
 from lightning_compressm.control.balance import BALANCES as FORMS
 from lightning_compressm.control.balance import Complex
 from lightning_compressm.control.hankel import factorise
-from lightning_compressm.control.task_aware import TaskGramians, factorise_task
+from lightning_compressm.control.task_aware import TaskForm, TaskGramians, factorise_task
 from lightning_compressm.control.truncation import truncate
 from lightning_compressm.errors import CalibrationError, NonFiniteError, UnstableSystemError
 from tests.control.systems import BALANCES, quick, random_system, relative_impulse_error, systems
@@ -100,6 +101,21 @@ def test_the_scale_of_states_plays_no_role(balance):
     assert relative_impulse_error(truncate(one, 3).system, truncate(other, 3).system) < 1e-6
 
 
+@pytest.mark.parametrize("form", get_args(TaskForm))
+def test_the_size_of_loss_and_data_does_not_reach_b_and_c(form):
+    """Else Adam, whose steps have one size, would move a tiny B far and a large C hardly."""
+    system = random_system(8, 2, 2, radii=(0.6, 0.98))
+    task = random_task(system)
+    small = TaskGramians(1e3 * task.P, 1e-9 * task.Q, task.steps)
+    one, other = (truncate(factorise_task(system, t, form), 4).system for t in (task, small))
+    for name in ("B", "C"):
+        before, after = (getattr(each, name).norm() for each in (one, other))
+        assert float(after / before) == pytest.approx(1, rel=1e-6)
+    usual = balanced_truncation(system, 4, balance="folded").system
+    shares = [float(each.B.norm() / each.C.norm()) for each in (other, usual)]
+    assert 0.1 < shares[0] / shares[1] < 10
+
+
 @pytest.mark.parametrize("balance", ["real", "folded"])
 def test_conjugated_states_play_no_role(balance):
     system = random_system(6, 2, 2)
@@ -179,7 +195,7 @@ def test_a_form_of_ones_own_says_how_moments_look(monkeypatch):
     monkeypatch.setitem(FORMS, "doubled", Doubled())
     system = random_system(4, 1, 1)
     sigma = factorise_task(system, own_task(system), balance="doubled").sigma
-    assert torch.allclose(sigma, factorise(system, "complex", None).sigma, rtol=0.01)
+    assert torch.allclose(sigma, 2 * factorise(system, "complex", None).sigma, rtol=0.01)
 
 
 def test_parts_of_the_data_add_up():

@@ -1,0 +1,1 @@
+"""The published experiment on sequential MNIST, all arms by one command."""
