@@ -48,7 +48,9 @@ class Settings:
     page: Path | None = None
 
     def __post_init__(self) -> None:
-        check_least("--steps", 20 * CHUNK, [self.steps], ": a tenth of the run needs a few readings")
+        check_least(
+            "--steps", 20 * CHUNK, [self.steps], ": a tenth of the run needs a few readings"
+        )
         check_least("--workers", 1, [self.workers])
 
 
@@ -106,8 +108,11 @@ def main(arguments: Iterable[str] | None = None) -> int:
             latest = results[-1]
             console.log(f"{latest.arm}, seed {latest.seed}: {_percent(latest.accuracy)}")
     rows = rows_of(results)
-    console.print(rich_table(HEADER, rows, words=2, title="Sequential MNIST", caption=note(settings)))
+    console.print(
+        rich_table(HEADER, rows, words=2, title="Sequential MNIST", caption=note(settings))
+    )
     if settings.page is not None:
-        settings.page.write_text(f"{note(settings)}\n\n{markdown_table(HEADER, rows)}", "utf-8")
+        page = f"{note(settings)}\n\n{markdown_table(HEADER, rows)}"
+        settings.page.write_text(page, encoding="utf-8")
         console.print(f"Wrote {settings.page}")
     return 0

@@ -12,6 +12,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.optim import Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, R
 
 from lightning_compressm._names import is_inside
 from lightning_compressm.errors import CheckpointError
+from lightning_compressm.surgery._stretch import Held, Stretch
 from lightning_compressm.surgery.plan import SurgeryPlan
 
 __all__ = ["LearningSpeed", "state_parameters"]
@@ -107,6 +109,7 @@ class LearningSpeed:
         self._homes: dict[str, nn.Module] = {}  # looked up once, as every step asks for them
         self._optimizers: Sequence[Optimizer] = ()
         self._hooks = ExitStack()
+        self._held: dict[int, tuple[list[Held], list[int]]] = {}  # what optimizers hold, by id
 
     def follow(self, names: Iterable[str], old_dim: int, new_dim: int) -> None:
         """Take note that a layer's states have become fewer, or more again.
@@ -116,6 +119,7 @@ class LearningSpeed:
             old_dim: states before, counted as N if these parameters were never cut before.
             new_dim: states now; N ends it.
         """
+        self._held.clear()
         for name in names:
             full, _ = self._dims.get(name, (old_dim, old_dim))
             self._dims[name] = (full, new_dim)
@@ -147,7 +151,7 @@ class LearningSpeed:
         self._model, self._optimizers = model, list(optimizers)
         for optimizer in self._optimizers:
             if _unit(optimizer):
-                stretch = _Stretch(self)
+                stretch = Stretch(partial(self.held, optimizer), partial(self.factor, optimizer))
                 self._hooks.callback(optimizer.register_step_pre_hook(stretch.keep).remove)
                 self._hooks.callback(optimizer.register_step_post_hook(stretch.extend).remove)
 
@@ -155,6 +159,7 @@ class LearningSpeed:
         """Let go of model and optimizers."""
         self._hooks.close()
         self._homes.clear()
+        self._held.clear()
         self._model, self._optimizers = None, ()
 
     def left_alone(self) -> list[str]:
@@ -178,26 +183,36 @@ class LearningSpeed:
             by_id[id(parameter)]: float(factor)
             for optimizer in self._optimizers
             if _unit(optimizer)
-            for factor, parameters in self.to_extend(optimizer)
-            for parameter in parameters
-            if float(factor) > 1
+            for held in self.held(optimizer)
+            for parameter in held.parameters
+            if float(factor := self.factor(optimizer, held)) > 1
         }
 
-    def to_extend(self, optimizer: Optimizer) -> Iterator[tuple[float | Tensor, list[Tensor]]]:
-        """By what the next update may be multiplied, and the parameters of an optimizer for it."""
+    def held(self, optimizer: Optimizer) -> list[Held]:
+        """The followed parameters of an optimizer, as many together as have a factor in common.
+
+        Looked up anew after changes only, since a step of a small model is short.
+        """
+        now = [id(parameter) for _, parameter in self._parameters()]
+        found, then = self._held.get(id(optimizer), ([], now))
+        if not found or now != then or any(held.outdated for held in found):
+            found = list(self._look_up(optimizer))
+            self._held[id(optimizer)] = found, now
+        return found
+
+    def _look_up(self, optimizer: Optimizer) -> Iterator[Held]:
         ratios = self._ratios()
-        if not ratios:
-            return
-        for group in optimizer.param_groups:
-            alike: dict[float, list[Tensor]] = defaultdict(list)
-            for parameter in group["params"]:
+        for group in optimizer.param_groups if ratios else ():
+            alike: dict[float, list[int]] = defaultdict(list)
+            for place, parameter in enumerate(group["params"]):
                 if id(parameter) in ratios:
-                    alike[ratios[id(parameter)]].append(parameter)
-            limit = _limit(group, self._others(optimizer, group)) if alike else 1.0
-            for ratio, parameters in alike.items():
-                factor = _at_most(limit, ratio)
-                if torch.is_tensor(factor) or factor > 1:
-                    yield factor, parameters
+                    alike[ratios[id(parameter)]].append(place)
+            for ratio, places in alike.items():
+                yield Held(group, ratio, places)
+
+    def factor(self, optimizer: Optimizer, held: Held) -> float | Tensor:
+        """By what the next update of parameters may be multiplied, at least 1."""
+        return _at_most(_limit(held.group, self._others(optimizer, held.group)), held.ratio)
 
     def _others(self, optimizer: Optimizer, own: Mapping[str, Any]) -> Iterator[float | Tensor]:
         """The rates of the other groups that train something, counted in the same unit."""
@@ -238,33 +253,8 @@ class LearningSpeed:
         Args:
             state: what :meth:`state_dict` gave.
         """
+        self._held.clear()
         self._dims = {name: (full, now) for name, (full, now) in state.items()}
-
-
-class _Stretch:
-    """The two hooks of one optimizer, and what they share during a step."""
-
-    def __init__(self, speed: LearningSpeed) -> None:
-        self._speed = speed
-        self._kept: list[tuple[list[Tensor], list[Tensor], float | Tensor]] = []
-
-    @torch.no_grad()
-    def keep(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Before a step, and before the closure in it: the parameters as they are."""
-        self._kept = []
-        for factor, parameters in self._speed.to_extend(optimizer):
-            before = [torch.empty_like(parameter) for parameter in parameters]
-            torch._foreach_copy_(before, parameters)
-            self._kept.append((parameters, before, factor))
-
-    @torch.no_grad()
-    def extend(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """After a step: what has moved moves on. What has not stays the same to the bit."""
-        kept, self._kept = self._kept, []
-        for parameters, before, factor in kept:
-            torch._foreach_sub_(before, parameters)
-            torch._foreach_mul_(before, 1 - factor)
-            torch._foreach_add_(parameters, before)
 
 
 def _consists_of_states(old: torch.Size, new: torch.Size, old_dim: int, new_dim: int) -> bool:
