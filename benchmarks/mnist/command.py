@@ -84,8 +84,8 @@ def note(settings: Settings) -> str:
     """What the table is about."""
     return (
         f"CPU, one thread for each training, {settings.steps:,} steps (published: 200,000), seeds "
-        f"{', '.join(map(str, settings.seeds))}. Test accuracy in percent: of the last weights, and "
-        "of those that validated best. Time: processor seconds of training, looks and swaps "
+        f"{', '.join(map(str, settings.seeds))}. Test accuracy in percent: of the last weights, "
+        "and of those that validated best. Time: processor seconds of training, looks and swaps "
         "included. Step before / after: median step before the first cut over that after the last "
         "one, in the same run."
     )
