@@ -139,11 +139,12 @@ def _spectra(value: Any) -> list[dict[str, Any]]:
 
 
 def _trial(value: Any) -> dict[str, Any]:
-    """The states at the start, and the losses of the latest steps."""
+    """The states at the start, the losses of the latest steps, and that of the first look."""
     starts = _plain.mapping(value["starts"]).items()
     return {
         "starts": {_plain.text(name): _plain.count(state_dim) for name, state_dim in starts},
         "losses": [_plain.number(loss) for loss in _plain.items(value["losses"])],
+        "reference": None if value["reference"] is None else _plain.number(value["reference"]),
     }
 
 

@@ -201,7 +201,8 @@ class ReductionRun:
         def work(processes: Processes) -> dict[str, Any]:
             start, seen, rule, trial = time.perf_counter(), self.watch.seen, policy, None
             if batch is not None and policy.loss_budget is not None:
-                trial = self.trials.prepare(trainer, pl_module, batch, policy, processes)
+                dims = {name: layer.state_dim for name, layer in layers.items()}
+                trial = self.trials.prepare(trainer, pl_module, batch, policy, dims, processes)
                 if trial is None:
                     rule = replace(policy, loss_budget=None, tolerance=DEFAULT_TOLERANCE)
             decision = decide(pl_module, layers, rule, seen, processes, seed=step, trial=trial)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import deque
 from collections.abc import Collection, Mapping
@@ -29,6 +30,9 @@ from lightning_compressm.surgery.plan import SurgeryPlan
 __all__ = ["LossTrials"]
 
 _RUNNING = 50  # steps over which the running loss is taken
+# Once the running loss has fallen to this share of that of the first look, the floor is as much
+# lower.
+_LEARNT, _DEEPER = 0.5, 0.25
 
 Batch = tuple[Any, int]
 """A training batch and its number in the epoch."""
@@ -40,11 +44,13 @@ class LossTrials:
     Attributes:
         starts: layer name -> states at the beginning of the run.
         losses: of the latest steps, as training_step returned them.
+        reference: the running loss at the first look.
     """
 
     def __init__(self) -> None:
         self.starts: dict[str, int] = {}
         self.losses: deque[Tensor | float] = deque(maxlen=_RUNNING)
+        self.reference: float | None = None
         self._told = False
 
     def begin(self, state_dims: Mapping[str, int]) -> None:
@@ -61,6 +67,7 @@ class LossTrials:
         pl_module: pl.LightningModule,
         batch: Batch,
         policy: ReductionPolicy,
+        state_dims: Mapping[str, int],
         processes: Processes,
     ) -> Trial | None:
         """A trial of reductions on this batch; ``None``, said once, where the loss can't be told.
@@ -69,6 +76,11 @@ class LossTrials:
         metrics and counters of its own. It is run in evaluation mode, without gradients, in the
         Trainer's precision; logging is off, and random numbers are as before afterwards.
         """
+        assert policy.loss_budget is not None
+        scale = self._running(trainer, processes)
+        floors = self._floors(policy, scale)
+        if all(n <= max(policy.min_state_dim, floors.get(x, 0)) for x, n in state_dims.items()):
+            return Trial(lambda _: float("nan"), policy.loss_budget, scale, floors)  # none to try
         run = _Run(trainer, pl_module, batch)
         failure = run.prepare()
         failed = processes.add_up(torch.tensor(float(bool(failure))))
@@ -86,13 +98,23 @@ class LossTrials:
             total = processes.add_up(torch.tensor(local(plan), dtype=torch.float64))
             return processes.agree(float(total) / processes.size)
 
+        task = _shared(run.task(self.starts), processes)
+        return Trial(loss, policy.loss_budget, scale, floors, task)
+
+    def _running(self, trainer: pl.Trainer, processes: Processes) -> float:
+        """The mean loss of the latest steps, over all processes; that of the first look is kept."""
         mean = torch.tensor([float(loss) for loss in self.losses], dtype=torch.float64).mean()
         # Lightning divides the losses that it reports by the number of batches in a step.
         steps = trainer.accumulate_grad_batches / processes.size
         scale = processes.agree(abs(float(processes.add_up(mean))) * steps)
-        assert policy.loss_budget is not None
-        task = _shared(run.task(self.starts), processes)
-        return Trial(loss, policy.loss_budget, scale, self.starts, task)
+        self.reference = scale if self.reference is None else self.reference
+        return scale
+
+    def _floors(self, policy: ReductionPolicy, scale: float) -> dict[str, int]:
+        """Least states of each layer: before much is learnt, cuts cost nothing and tell nothing."""
+        learnt = self.reference is not None and scale <= _LEARNT * self.reference
+        share = policy.floor * (_DEEPER if learnt else 1)
+        return {name: math.ceil(start * share) for name, start in self.starts.items()}
 
     def _say(self, why: str) -> None:
         if not self._told:
@@ -105,12 +127,17 @@ class LossTrials:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types only."""
-        return {"starts": dict(self.starts), "losses": [float(loss) for loss in self.losses]}
+        return {
+            "starts": dict(self.starts),
+            "losses": [float(loss) for loss in self.losses],
+            "reference": self.reference,
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take up a saved state."""
         self.starts = dict(state_dict["starts"])
         self.losses = deque(state_dict["losses"], maxlen=_RUNNING)
+        self.reference = state_dict["reference"]
 
 
 class _Run:

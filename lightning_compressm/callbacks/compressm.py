@@ -37,8 +37,10 @@ __all__ = ["CompreSSMCallback"]
 class CompreSSMCallback(RunReports):
     """Remove states of little Hankel energy from SSM layers early in training.
 
-    Without arguments it looks after 10% and 20% of the training steps, balances every SSM layer,
-    and halves the states of those where that hardly changes the loss, tried on a training batch.
+    Without arguments it looks after 10, 20, 30 and 40% of the training steps, balances every SSM
+    layer, and halves the states of those where that hardly changes the loss, tried on a training
+    batch: down to a quarter of the first states, and once the loss has fallen to half of what it
+    was at the first look, down to a sixteenth.
 
     With ``tolerance``, ``fraction`` or ``state_dim`` it looks at the ends of epochs inside
     ``window``; the swap comes before the next epoch's first step, after checkpoints were written,
@@ -54,9 +56,10 @@ class CompreSSMCallback(RunReports):
         loss_budget: at each look halve the states of layers, or take a quarter, as long as the loss
             of a training batch rises by at most this share of the running loss, in [0, 1). The
             default, 0.02.
-        floor: with ``loss_budget``, the least share of a layer's first states that stays.
+        floor: with ``loss_budget``, the least share of a layer's first states that stays; a quarter
+            of that from the third look on, if the running loss has fallen to half by then.
         window: two floats: shares of the training run; two ints: optimizer steps. ``None`` for
-            (0.1, 0.2) with ``loss_budget``, which looks at both of them, else (0.0, 0.1).
+            (0.1, 0.4) with ``loss_budget``, which looks four times, evenly, else (0.0, 0.1).
         every_n_epochs: look at the end of every n-th epoch.
         every_n_steps: instead, look every n optimizer steps.
         min_reduction: act only if at least this share of a layer's states goes, in [0, 1).
@@ -173,8 +176,8 @@ class CompreSSMCallback(RunReports):
             trained_on=True,
         )
         if window is None:
-            window = (0.1, 0.2) if by_loss else (0.0, 0.1)
-        schedule = Schedule(window, every_n_epochs, every_n_steps, ends_only=by_loss)
+            window = (0.1, 0.4) if by_loss else (0.0, 0.1)
+        schedule = Schedule(window, every_n_epochs, every_n_steps, spread=4 if by_loss else 0)
         new_guard = partial(RollbackGuard, monitor, mode, max_degradation, rollback_dir)
         self._new_run = partial(
             ReductionRun,

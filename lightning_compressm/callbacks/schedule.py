@@ -45,7 +45,7 @@ class Schedule:
             float, both are shares.
         every_n_epochs: look at the end of every n-th epoch.
         every_n_steps: instead, look every n optimizer steps.
-        ends_only: instead, look at the window's start and at its end, unless there are
+        spread: instead, so many looks, evenly from the window's start to its end, unless there are
             ``every_n_steps``; in a run of unknown length, after 500 steps and ever later ones.
 
     Raises:
@@ -61,7 +61,7 @@ class Schedule:
     window: tuple[int | float, int | float] = (0.0, 0.1)
     every_n_epochs: int = 1
     every_n_steps: int | None = None
-    ends_only: bool = False
+    spread: int = 0
 
     def __post_init__(self) -> None:
         """Refuse windows that can't be meant."""
@@ -85,9 +85,17 @@ class Schedule:
         return any(isinstance(x, float) for x in self.window)
 
     @property
-    def _at_ends(self) -> bool:
-        """Whether there are looks at the window's ends and no others."""
-        return self.ends_only and not self.every_n_steps
+    def _spreads(self) -> bool:
+        """Whether the number of looks is given, instead of an interval."""
+        return self.spread > 0 and not self.every_n_steps
+
+    def _planned(self, start: int, end: int) -> tuple[int, ...]:
+        """Steps after which to look, where their number is given; never before the first step."""
+        if not self._spreads:
+            return ()
+        parts = max(1, self.spread - 1)
+        steps = {round(start + (end - start) * i / parts) for i in range(parts + 1)}
+        return tuple(sorted(step for step in steps if step))
 
     def resolve(self, total_steps: float | None) -> Window:
         """Tie the window to a run of ``total_steps`` optimizer steps (``None`` if unknown).
@@ -100,7 +108,7 @@ class Schedule:
         known = total_steps is not None and isfinite(total_steps) and total_steps > 0
         start, end = self.window
         if self.is_share:
-            if not known and self._at_ends:
+            if not known and self._spreads:
                 return Window(0, ENDLESS[-1], ENDLESS)
             if not known:
                 raise ValueError(
@@ -118,13 +126,12 @@ class Schedule:
                 "an earlier window, or train longer."
             )
         start, end = int(start), min(int(end), last)
-        looks = tuple(sorted({step for step in (start, end) if step})) if self._at_ends else ()
-        return Window(start, end, looks)
+        return Window(start, end, self._planned(start, end))
 
     def due_at_epoch_end(self, window: Window, step: int, epoch: int) -> bool:
         """Whether to look at the end of ``epoch`` (from 0) after ``step`` optimizer steps."""
         on_interval = (
-            not (self.every_n_steps or self.ends_only) and (epoch + 1) % self.every_n_epochs == 0
+            not (self.every_n_steps or self.spread) and (epoch + 1) % self.every_n_epochs == 0
         )
         return on_interval and window.contains(step)
 

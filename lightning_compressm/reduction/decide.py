@@ -82,7 +82,7 @@ def decide(
     spectra = [None if one.value is None else one.value.sigma for one in looked.values()]
     # Orders steer what is exchanged next, so rounding must not make them differ.
     orders = processes.agree(
-        choose_orders(own, spectra, policy, None if trial is None else trial.starts)
+        choose_orders(own, spectra, policy, None if trial is None else trial.floors)
     )
     cuts = {
         i: _left_alone(layer, why)

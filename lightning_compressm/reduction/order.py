@@ -31,6 +31,7 @@ class Order:
         most: states that may be kept, where a cut needs more, for it to be worth while.
         step: kept numbers differ by multiples of this.
         refused: why the layer can't be cut at all; empty if it can.
+        floor: states below which it is never cut.
 
     Example:
         >>> Order(present=64, wanted=62, most=60).needed()
@@ -42,9 +43,12 @@ class Order:
     most: int
     step: int = 1
     refused: str = ""
+    floor: int = 0
 
     def needed(self) -> str:
         """Why a layer that needs so many states stays as it is."""
+        if self.present <= self.floor:
+            return f"it has not more than its least number of states, {self.floor}"
         needed = min(self.wanted, self.present)
         return f"{needed} or more of {self.present} states are needed"
 
@@ -53,7 +57,7 @@ def choose_orders(
     layers: Sequence[SSMLayer],
     spectra: Sequence[Tensor | None],
     policy: ReductionPolicy,
-    starts: Mapping[str, int] | None = None,
+    floors: Mapping[str, int] | None = None,
 ) -> list[Order]:
     """How many states each layer is to keep under ``policy``, at most its present ones.
 
@@ -61,7 +65,8 @@ def choose_orders(
         layers: all layers that are decided on together.
         spectra: their HSVs; ``None`` for a layer that could not be analysed.
         policy: energy, share or dimension; lower limit, multiple, and one for all of a family.
-        starts: layer name -> states at the start of the run, its present ones if left out.
+        floors: layer name -> least states under a ``loss_budget``; the policy's share of the
+            present ones where left out.
 
     Returns:
         One order for each layer.
@@ -76,7 +81,7 @@ def choose_orders(
         4
     """
     pairs = zip(layers, spectra, strict=True)
-    orders = [_order(layer, sigma, policy, _floor(layer, policy, starts)) for layer, sigma in pairs]
+    orders = [_order(layer, sigma, policy, _floor(layer, policy, floors)) for layer, sigma in pairs]
     if not policy.share_state_dim:
         return orders
     return level_orders(layers, orders, [order.wanted for order in orders])
@@ -114,16 +119,17 @@ def smaller_cut(order: Order) -> Order:
     return replace(order, wanted=-(-wanted // order.step) * order.step)
 
 
-def _floor(layer: SSMLayer, policy: ReductionPolicy, starts: Mapping[str, int] | None) -> int:
-    start = (starts or {}).get(layer.name, layer.state_dim)
-    share = 0 if policy.loss_budget is None else math.ceil(start * policy.floor)
-    return max(policy.min_state_dim, share)
+def _floor(layer: SSMLayer, policy: ReductionPolicy, floors: Mapping[str, int] | None) -> int:
+    if policy.loss_budget is None:
+        return policy.min_state_dim
+    least = (floors or {}).get(layer.name, math.ceil(layer.state_dim * policy.floor))
+    return max(policy.min_state_dim, least)
 
 
 def _order(layer: SSMLayer, sigma: Tensor | None, policy: ReductionPolicy, floor: int) -> Order:
     n = layer.state_dim
     most = min(n - 1, math.floor(n * (1 - policy.min_reduction) + 1e-9))
-    order = Order(n, n, most, policy.round_to)
+    order = Order(n, n, most, policy.round_to, floor=floor)
     if sigma is None:
         return order
     if policy.tolerance is not None and not bool(sigma.any()):

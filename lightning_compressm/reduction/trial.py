@@ -23,7 +23,7 @@ class Trial:
         loss: the loss of the model as a plan would leave it, the same number on all processes.
         budget: by how much it may rise, as a share of ``scale``, for all layers together.
         scale: the running loss of training, positive.
-        starts: layer name -> states at the beginning of the run.
+        floors: layer name -> states below which it is not cut now.
         task: layer name -> Gramians of data and gradients, by which it can be cut as well.
 
     Example:
@@ -34,7 +34,7 @@ class Trial:
     loss: Callable[[SurgeryPlan], float]
     budget: float
     scale: float
-    starts: Mapping[str, int] = field(default_factory=dict)
+    floors: Mapping[str, int] = field(default_factory=dict)
     task: Mapping[str, TaskGramians] = field(default_factory=dict)
 
     @property

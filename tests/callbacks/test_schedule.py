@@ -159,3 +159,22 @@ def test_every_run_looks_at_least_once_and_never_outside(
                 looks.append(step)
     assert looks
     assert all(window.start <= step <= window.end < total for step in looks)
+
+
+@pytest.mark.parametrize(
+    ("window", "total", "looks"),
+    [
+        ((0.1, 0.4), 1000, (100, 200, 300, 400)),
+        ((0.1, 0.4), 5, (1, 2)),  # each step once
+        ((0.0, 0.3), 10, (1, 2, 3)),  # none before the first step
+        ((10, 40), None, (10, 20, 30, 40)),
+        ((10, 40), 26, (10, 15, 20, 25)),  # the last step is left to training
+    ],
+)
+def test_a_number_of_looks_is_spread_over_the_window(window, total, looks):
+    schedule = Schedule(window, spread=4)
+    resolved = schedule.resolve(total)
+    assert resolved.looks == looks
+    due = [s for s in range(1, 500) if schedule.due_at_step(resolved, s - 1, s, looks=1)]
+    assert tuple(due) == looks
+    assert not any(schedule.due_at_epoch_end(resolved, s, 0) for s in looks)

@@ -17,7 +17,6 @@ from torchmetrics import MeanMetric
 from lightning_compressm import CompreSSMCallback
 
 from .helpers import (
-    BATCHES,
     Classifier,
     StatefulLoader,
     SteppedByHand,
@@ -27,7 +26,8 @@ from .helpers import (
     trainer,
 )
 
-EPOCHS = 5  # 30 steps: looks after 3 and 6
+EPOCHS = 5  # 30 steps: looks after 3, 6, 9 and 12
+LOOKS = {3, 6, 9, 12}
 
 
 def fitted(tmp: Path, model: Classifier, *callbacks: Any, **settings: Any) -> Any:
@@ -36,14 +36,42 @@ def fitted(tmp: Path, model: Classifier, *callbacks: Any, **settings: Any) -> An
     return fit
 
 
+def cuts(callback: CompreSSMCallback) -> list[tuple[int, str, int]]:
+    return [
+        (e["step"], e["layer"], e["new_state_dim"])
+        for e in callback.history
+        if e["action"] == "reduce"
+    ]
+
+
+TWICE = [
+    (3, "net.first", 12), (3, "net.second", 6), (6, "net.first", 6), (6, "net.second", 3)
+]  # fmt: skip
+
+
 def test_halves_twice_down_to_a_quarter(tmp_path: Path) -> None:
     callback = CompreSSMCallback(loss_budget=0.5, verbose=False)
     fitted(tmp_path, Classifier("adamw"), callback)
-    events = [(e["step"], e["layer"], e["new_state_dim"]) for e in callback.history]
-    assert events == [
-        (3, "net.first", 12), (3, "net.second", 6), (6, "net.first", 6), (6, "net.second", 3)
+    assert cuts(callback) == TWICE
+    assert all(abs(e["loss_change"]) <= 0.5 for e in callback.history if e["action"] == "reduce")
+    later = [e["reason"] for e in callback.history if e["step"] > 6]
+    assert later == [f"it has not more than its least number of states, {n}" for n in (6, 3)] * 2
+
+
+class Learning(Classifier):
+    """Its loss falls to a twentieth after the first look."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return super().training_step(batch, batch_idx) * (1 if self.global_step < 3 else 0.05)
+
+
+def test_goes_on_to_a_sixteenth_once_the_loss_has_fallen(tmp_path: Path) -> None:
+    callback = CompreSSMCallback(loss_budget=0.9, verbose=False)
+    fitted(tmp_path, Learning("adamw"), callback)
+    assert cuts(callback) == [
+        *TWICE, (9, "net.first", 3), (9, "net.second", 2), (12, "net.first", 2),
+        (12, "net.second", 1),
     ]  # fmt: skip
-    assert all(abs(event["loss_change"]) <= 0.5 for event in callback.history)
 
 
 def test_a_floor_ends_it_earlier(tmp_path: Path) -> None:
@@ -100,7 +128,7 @@ def test_a_trial_leaves_no_trace(tmp_path: Path) -> None:
         fit = fitted(tmp_path, model, *callbacks)
         logged = fit.callback_metrics["train_loss"]
         runs.append((model.losses, model.state_dict(), model.calls, model.mean.compute(), logged))
-    assert len(callbacks[0].history) == 4
+    assert len(callbacks[0].history) == 2 * len(LOOKS)
     assert all(same(a, b) for a, b in zip(*runs, strict=True))
 
 
@@ -140,19 +168,22 @@ def test_without_a_trial_the_energy_rule_decides(model: Any, why: str, tmp_path:
     with pytest.warns(UserWarning, match=f"{why}.*tolerance=0.05") as caught:
         fitted(tmp_path, model(), callback)
     assert sum("can't tell what a reduction costs" in str(w.message) for w in caught) == 1
-    assert {event["step"] for event in callback.history} == {3, 6}
+    assert {event["step"] for event in callback.history} == LOOKS
     assert all(event["loss_change"] is None for event in callback.history)
     kept = [e["energy_kept"] for e in callback.history if e["action"] == "reduce"]
     assert kept
     assert min(kept) >= 0.95
 
 
-@pytest.mark.parametrize("step", [2, 4, 6])
-def test_resume_is_bitwise_equal(step: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "budget", "step"),
+    [*((Classifier, 0.05, step) for step in (2, 4, 6)), (Learning, 0.9, 8)],
+)
+def test_resume_is_bitwise_equal(kind: Any, budget: float, step: int, tmp_path: Path) -> None:
     keep = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
     runs = []
     for path in (None, tmp_path / f"step={step}.ckpt"):
-        model, callback = Classifier("adamw"), CompreSSMCallback(loss_budget=0.05, verbose=False)
+        model, callback = kind("adamw"), CompreSSMCallback(loss_budget=budget, verbose=False)
         callbacks = [callback, *([] if path else [keep])]
         fit = trainer(tmp_path, *callbacks, max_epochs=EPOCHS, enable_checkpointing=path is None)
         fit.fit(model, StatefulLoader(), ckpt_path=path)
@@ -181,6 +212,6 @@ def test_runs_of_unknown_length_are_looked_at_ever_later(
 def test_accumulated_batches_are_one_step(tmp_path: Path) -> None:
     callback = CompreSSMCallback(loss_budget=0.5, verbose=False)
     fitted(tmp_path, Classifier("adamw"), callback, accumulate_grad_batches=2, max_epochs=10)
-    assert {event["step"] for event in callback.history} == {3, 6}
+    assert {event["step"] for event in callback.history} == LOOKS
     assert callback._run.trials.starts == {"net.first": 24, "net.second": 12}
-    assert len(callback._run.trials.losses) <= 2 * (BATCHES + 1)
+    assert len(callback._run.trials.losses) <= 2 * (max(LOOKS) + 1)
