@@ -1,4 +1,4 @@
-"""Train a digits classifier three ways and compare: full size, compressed in training, small.
+"""Train classifiers three ways and compare: full size, compressed in training, small.
 
 Run it from the checkout: `python -m benchmarks.demo`. It takes a few minutes on two CPU cores.
 """
@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from benchmarks.common.command import make_console, parse, prepare
 from benchmarks.demo.report import write_report
@@ -28,26 +29,41 @@ def run_all(settings: Settings, console: Console) -> list[ArmRun]:
         TimeElapsedColumn(),
     )
     runs: list[ArmRun] = []
+    total = sum(settings.steps_of(task) for task in settings.tasks)
     with Progress(*columns, console=console) as progress:
-        total = settings.steps * len(ARMS) * len(settings.seeds)
-        everything = progress.add_task("all seeds", total=total, states="")
-        bars = {arm: progress.add_task(arm, total=settings.steps, states="") for arm in ARMS}
-
-        def report(arm: str, step: int, states: int) -> None:
-            progress.update(bars[arm], completed=step, states=f"{states} states")
-            done = sum(progress.tasks[bar].completed for bar in bars.values())
-            progress.update(everything, completed=len(runs) * settings.steps + done)
-
-        warm_up(*build(TASKS["digits"], seed=0))
-        for seed in settings.seeds:
-            progress.update(everything, states=f"seed {seed}")
-            runs += run_seed(seed, settings, report)
-            for bar in bars.values():
-                progress.update(bar, completed=0, states="")
+        everything = progress.add_task(
+            "everything", total=total * len(ARMS) * len(settings.seeds), states=""
+        )
+        bars = {arm: progress.add_task(arm, total=1, states="") for arm in ARMS}
+        done = 0
+        for task in settings.tasks:
+            warm_up(*build(TASKS[task], seed=0))
+            steps = settings.steps_of(task)
+            for seed in settings.seeds:
+                progress.update(everything, states=f"{task}, seed {seed}")
+                for bar in bars.values():
+                    progress.update(bar, total=steps, completed=0, states="")
+                report = partial(_report, progress, bars, everything, done)
+                runs += run_seed(task, seed, settings, report)
+                done += steps * len(ARMS)
         for bar in bars.values():
             progress.remove_task(bar)
-        progress.update(everything, completed=total, states="")
+        progress.update(everything, completed=done, states="")
     return runs
+
+
+def _report(
+    progress: Progress,
+    bars: dict[str, TaskID],
+    everything: TaskID,
+    done: int,
+    arm: str,
+    step: int,
+    states: int,
+) -> None:
+    progress.update(bars[arm], completed=step, states=f"{states} states")
+    now = sum(progress.tasks[progress.task_ids.index(bar)].completed for bar in bars.values())
+    progress.update(everything, completed=done + now)
 
 
 def main(arguments: Iterable[str] | None = None) -> int:
@@ -56,8 +72,8 @@ def main(arguments: Iterable[str] | None = None) -> int:
     prepare()
     start = time.perf_counter()
     console.print(
-        f"Digits as 64-step sequences on the CPU (torch {torch.__version__}, one thread): "
-        f"{len(ARMS)} arms, {len(settings.seeds)} seeds, {settings.steps} steps each"
+        f"{' and '.join(settings.tasks)} on the CPU (torch {torch.__version__}, one thread): "
+        f"{len(ARMS)} arms, {len(settings.seeds)} seeds each"
     )
     runs = run_all(settings, console)
     seconds = time.perf_counter() - start

@@ -20,7 +20,11 @@ from benchmarks.demo.runs import ArmRun, Settings
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-HEADER = ("arm", "test accuracy", "states", "training time / full")
+HEADER = ("task", "arm", "test accuracy", "states", "training time / full")
+TITLES = {
+    "delay": "Delayed recall, 200 steps of noise",
+    "digits": "Digits, pixel by pixel, 64 steps",
+}
 COLORS = {"full": "tab:blue", "compressed": "tab:orange", "small": "tab:green"}
 # Eight spectra can be told apart; forty can't.
 SPECTRA_SHOWN = 8
@@ -31,7 +35,7 @@ def write_report(
 ) -> list[Path]:
     """Print the table, write `demo.md`, `demo.json` and `demo.png`, and return their paths."""
     rows, note = make_rows(runs), make_note(runs, settings, seconds)
-    title = "Digits as sequences, on the CPU"
+    title = "Three ways to train, on the CPU"
     style = {"title": title, "caption": note, "caption_justify": "left"}
     console.print(rich_table(HEADER, rows, words=len(HEADER), **style))
     markdown, numbers, picture = (settings.output / f"demo.{x}" for x in ("md", "json", "png"))
@@ -49,11 +53,19 @@ def by_arm(runs: Iterable[ArmRun]) -> dict[str, list[ArmRun]]:
     return arms
 
 
+def by_task(runs: Iterable[ArmRun]) -> dict[str, dict[str, list[ArmRun]]]:
+    """Task -> arm -> its runs."""
+    tasks: dict[str, list[ArmRun]] = {}
+    for run in runs:
+        tasks.setdefault(run.task, []).append(run)
+    return {task: by_arm(members) for task, members in tasks.items()}
+
+
 def make_rows(runs: Sequence[ArmRun]) -> list[tuple[str, ...]]:
-    """One row for each arm: its name, accuracy, states and relative time."""
-    arms = by_arm(runs)
+    """One row for each task and arm: accuracy, states and relative time."""
     return [
-        (arm, accuracy(members), states(members), relative_time(members, arms["full"]))
+        (task, arm, accuracy(members), states(members), relative_time(members, arms["full"]))
+        for task, arms in by_task(runs).items()
         for arm, members in arms.items()
     ]
 
@@ -92,26 +104,30 @@ def relative_time(runs: Sequence[ArmRun], full: Sequence[ArmRun]) -> str:
 
 def make_note(runs: Sequence[ArmRun], settings: Settings, seconds: float) -> str:
     """What the figures in the table are."""
-    arms = by_arm(runs)
-    # The history has one entry for each layer and look.
-    n_looks = max(len({look["step"] for look in run.looks}) for run in arms["compressed"])
-    looks = "1 look" if n_looks == 1 else f"{n_looks} looks"
-    wall = ", ".join(
-        f"{arm} {median(ratios(members, arms['full'], 'wall')):.2f}"
-        for arm, members in arms.items()
-        if arm != "full"
+    tasks = by_task(runs)
+    wall = "; ".join(
+        f"{task}: "
+        + ", ".join(
+            f"{arm} {median(ratios(members, arms['full'], 'wall')):.2f}"
+            for arm, members in arms.items()
+            if arm != "full"
+        )
+        for task, arms in tasks.items()
     )
     argument = "" if settings.tolerance is None else f"tolerance={settings.tolerance:g}"
-    full_seconds = median(run.cpu for run in arms["full"])
+    full = ", ".join(
+        f"{task} {settings.steps_of(arms['full'][0].task)} steps in "
+        f"{median(run.cpu for run in arms['full']):.1f} s"
+        for task, arms in tasks.items()
+    )
     return (
         f"CPU, one thread. Accuracy: mean ± standard deviation over seeds "
-        f"{', '.join(map(str, settings.seeds))}; {settings.steps} steps each. Compressed: "
-        f"CompreSSMCallback({argument}), {looks} in the first fifth "
-        f"of the steps. Small: trained from scratch at the final dimension of the compressed run "
-        f"of the same seed. Time: processor seconds of training, reductions included; median over "
+        f"{', '.join(map(str, settings.seeds))}. Compressed: CompreSSMCallback({argument}). "
+        f"Small: trained from scratch at the final dimension of the compressed run of the same "
+        f"seed. Time: processor seconds of training, looks and reductions included; median over "
         f"seeds of the ratio within a seed (smallest to largest), the arms taking turns by the "
-        f"epoch; full takes {full_seconds:.1f} s. By the clock on the wall the ratios are: "
-        f"{wall}. Everything took {seconds:.0f} s."
+        f"epoch; full: {full}. By the clock on the wall the ratios are: {wall}. Everything took "
+        f"{seconds:.0f} s."
     )
 
 
@@ -127,18 +143,21 @@ def all_numbers(runs: Sequence[ArmRun], settings: Settings, seconds: float) -> d
 
 
 def draw(runs: Sequence[ArmRun], path: Path) -> None:
-    """Three panels: spectra over training, state dimensions over training, accuracies."""
+    """A row of panels for each task: accuracy against time, state dimensions, spectra."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4), layout="constrained")
+    tasks = by_task(runs)
+    figure = Figure(figsize=(14, 4 * len(tasks)), layout="constrained")
     panels: list[Callable[[Axes, dict[str, list[ArmRun]]], None]] = [
-        draw_spectra,
-        draw_dims,
         draw_accuracy,
+        draw_dims,
+        draw_spectra,
     ]
-    for axes, panel in zip(figure.subplots(1, 3), panels, strict=True):
-        panel(axes, by_arm(runs))
-    figure.suptitle("Digits as 64-step sequences, trained on the CPU")
+    rows = figure.subplots(len(tasks), len(panels), squeeze=False)
+    for row, (task, arms) in zip(rows, tasks.items(), strict=True):
+        for axes, panel in zip(row, panels, strict=True):
+            panel(axes, arms)
+        row[0].set_title(f"{TITLES[task]}\n{row[0].get_title()}")
     figure.savefig(path, dpi=150)
 
 
@@ -154,7 +173,7 @@ def draw_spectra(axes: Axes, arms: dict[str, list[ArmRun]]) -> None:
     axes.set(
         title=f"Hankel spectrum, compressed, seed {run.seed}",
         xlabel="state",
-        ylabel="Hankel singular value, 64 steps",
+        ylabel="Hankel singular value",
         # States without any energy would squeeze the rest.
         ylim=(1e-4 * max(max(sigma) for _, sigma in shown), None),
     )
@@ -184,9 +203,14 @@ def draw_dims(axes: Axes, arms: dict[str, list[ArmRun]]) -> None:
 
 
 def draw_accuracy(axes: Axes, arms: dict[str, list[ArmRun]]) -> None:
-    for place, (arm, runs) in enumerate(arms.items()):
-        values = [run.accuracy for run in runs]
-        axes.scatter([place] * len(values), values, color=COLORS[arm], alpha=0.7)
-        axes.hlines(mean(values), place - 0.25, place + 0.25, color=COLORS[arm])
-    axes.set(title="Test accuracy, each seed and mean", ylabel="accuracy", xlim=(-0.6, 2.6))
-    axes.set_xticks(range(len(arms)), list(arms))
+    """Each seed against its training time in units of the full run's; the last point is marked."""
+    full = {run.seed: run.cpu for run in arms["full"]}
+    for arm, runs in arms.items():
+        for run in runs:
+            seconds, accuracies = zip(*run.curve, strict=True)
+            shares = [second / full[run.seed] for second in seconds]
+            label = arm if run is runs[0] else None
+            axes.plot(shares, accuracies, color=COLORS[arm], alpha=0.6, label=label)
+            axes.plot(shares[-1:], accuracies[-1:], "o", color=COLORS[arm])
+    axes.set(title="test accuracy, each seed", xlabel="training time / full", ylabel="accuracy")
+    axes.legend(loc="lower right")

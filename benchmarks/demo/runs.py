@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 
-from benchmarks.common.command import check_least
+from benchmarks.common.command import check_least, one_of
+from benchmarks.models.classification import evaluate_classes
 from benchmarks.train.interleave import TimedTurns, Turns, run_together
-from benchmarks.train.trainer import TASKS, build, make_trainer
+from benchmarks.train.trainer import TASKS, TaskName, build, make_trainer
 from lightning_compressm import CompreSSMCallback, find_ssm_layers, hankel_spectra
 
 STATE_DIM = 128
 # The callback's last look, after which the small arm knows the final dimension.
-WINDOW_END = 0.2
+WINDOW_END = 0.4
+# So many times during a training its accuracy is measured, which counts in no time.
+READINGS = 20
 ARMS = ("full", "compressed", "small")
 # Two epochs: one look of the callback, and one epoch at the new size.
 MIN_STEPS = 50
@@ -29,20 +33,27 @@ class Settings:
     """What the command line decides.
 
     Attributes:
+        tasks: Delayed recall, where memory counts, and digits, where a small model does as well.
         seeds: Each fixes initialisation, order of the batches and dropout.
-        steps: Optimizer steps of every training.
+        steps: Optimizer steps of every training; the task's own if not given.
         tolerance: Share of the Hankel energy that each look of the callback may discard; None for
             the callback's own default.
         output: Folder of the results.
     """
 
+    tasks: tuple[TaskName, ...] = one_of(("delay", "digits"), TASKS)
     seeds: tuple[int, ...] = (0, 1, 2)
-    steps: int = 2000
+    steps: int | None = None
     tolerance: float | None = None
     output: Path = Path("results")
 
     def __post_init__(self) -> None:
-        check_least("--steps", MIN_STEPS, [self.steps])
+        if self.steps is not None:
+            check_least("--steps", MIN_STEPS, [self.steps])
+
+    def steps_of(self, task: TaskName) -> int:
+        """Optimizer steps of a training."""
+        return self.steps or TASKS[task].steps
 
 
 @dataclass
@@ -50,6 +61,7 @@ class ArmRun:
     """One training of one arm.
 
     Attributes:
+        task: What is learnt.
         arm: One of `ARMS`.
         seed: As in `Settings`.
         before: State dimension by layer at the start.
@@ -59,9 +71,11 @@ class ArmRun:
         cpu: Seconds of training by the processor.
         dims: (step, total state dimension) before each epoch and at the end.
         spectra: (step, spectrum of the first layer) at the same steps; compressed only.
+        curve: (processor seconds of training, accuracy on the test set) now and then.
         looks: The callback's history; compressed only.
     """
 
+    task: TaskName
     arm: str
     seed: int
     before: dict[str, int] = field(default_factory=dict)
@@ -71,34 +85,38 @@ class ArmRun:
     cpu: float = 0.0
     dims: list[tuple[int, int]] = field(default_factory=list)
     spectra: list[tuple[int, list[float]]] = field(default_factory=list)
+    curve: list[tuple[float, float]] = field(default_factory=list)
     looks: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Watcher(TimedTurns):
     """Time an arm, follow its state dimension and spectra, and move the progress bar."""
 
-    def __init__(
-        self, turns: Turns, run: ArmRun, report: Callable[[int, int], None], length: int
-    ) -> None:
+    def __init__(self, turns: Turns, run: ArmRun, report: Callable[[int, int], None]) -> None:
         super().__init__(turns, run.arm)
         self.run = run
         self.report = report
-        self.length = length
         self.settled: Future[int] = Future()
+        self._next = 0.0  # step after which the accuracy is measured again
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # The callback before this one has just carried out what it decided at the epoch's end.
         self.watch.stop()
         self._look(trainer, pl_module)
-        if trainer.global_step >= WINDOW_END * trainer.max_steps and not self.settled.done():
-            self.settled.set_result(self.run.dims[-1][1])
+        if trainer.global_step >= WINDOW_END * trainer.max_steps:
+            self._settle()
         self.watch.start()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         self._look(trainer, pl_module)
+        self._settle()  # at the latest: a short run may end within the epoch of the last look
         self.run.after = state_dims(pl_module)
         self.run.wall, self.run.cpu = self.watch.wall, self.watch.cpu
+
+    def _settle(self) -> None:
+        if not self.settled.done():
+            self.settled.set_result(self.run.dims[-1][1])
 
     def _look(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         dims = state_dims(pl_module)
@@ -107,9 +125,28 @@ class Watcher(TimedTurns):
         self.run.dims.append((step, total))
         if self.run.arm == "compressed":
             # Time-limited, as the callback sees the layer.
-            spectrum = next(iter(hankel_spectra(pl_module, horizon=self.length).values()))
+            length = _test_set(trainer)[0].shape[1]
+            spectrum = next(iter(hankel_spectra(pl_module, horizon=length).values()))
             self.run.spectra.append((step, spectrum.tolist()))
+        self._read_accuracy(trainer, pl_module)
         self.report(step, total)
+
+    def _read_accuracy(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        step = trainer.global_step
+        if step < min(self._next, trainer.max_steps):
+            return
+        self._next = step + trainer.max_steps / READINGS
+        state = torch.get_rng_state()
+        accuracy, _ = evaluate_classes(pl_module, *_test_set(trainer))
+        torch.set_rng_state(state)
+        pl_module.train()
+        self.run.curve.append((self.watch.cpu, accuracy))
+
+
+def _test_set(trainer: L.Trainer) -> tuple[torch.Tensor, torch.Tensor]:
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    sequences, classes = data.tensors("test")
+    return sequences, classes
 
 
 def state_dims(module: L.LightningModule) -> dict[str, int]:
@@ -117,21 +154,22 @@ def state_dims(module: L.LightningModule) -> dict[str, int]:
 
 
 def run_seed(
-    seed: int, settings: Settings, report: Callable[[str, int, int], None] = lambda *_: None
+    task: TaskName,
+    seed: int,
+    settings: Settings,
+    report: Callable[[str, int, int], None] = lambda *_: None,
 ) -> list[ArmRun]:
     """Train the three arms of one seed in turns.
 
     Args:
+        task: What is learnt.
         seed: Fixes initialisation, order of the batches and dropout.
         settings: Steps and tolerance.
         report: Called with arm, step and state dimension after every epoch.
     """
     turns = Turns()
-    runs = {arm: ArmRun(arm, seed) for arm in ARMS}
-    length = TASKS["digits"].data.length
-    watchers = {
-        arm: Watcher(turns, runs[arm], lambda *a, arm=arm: report(arm, *a), length) for arm in ARMS
-    }
+    runs = {arm: ArmRun(task, arm, seed) for arm in ARMS}
+    watchers = {arm: Watcher(turns, runs[arm], lambda *a, arm=arm: report(arm, *a)) for arm in ARMS}
     settled = watchers["compressed"].settled
     # Who goes first changes from seed to seed.
     starters = ["full", "compressed"][:: 1 if seed % 2 else -1]
@@ -162,12 +200,12 @@ def run_seed(
 def train_arm(watcher: Watcher, d_state: int, settings: Settings) -> None:
     """Train and test one arm; the results are left in `watcher.run`."""
     run = watcher.run
-    module, data = build(TASKS["digits"], run.seed, d_state)
+    module, data = build(TASKS[run.task], run.seed, d_state)
     callbacks: list[L.Callback] = [watcher]
     if run.arm == "compressed":
         compressm = CompreSSMCallback(settings.tolerance, verbose=False)
         callbacks.insert(0, compressm)
-    trainer = make_trainer(settings.steps, callbacks)
+    trainer = make_trainer(settings.steps_of(run.task), callbacks)
     trainer.fit(module, data)
     (scalars,) = trainer.test(module, data, verbose=False)
     run.accuracy = float(scalars["test_acc"])
