@@ -26,7 +26,7 @@ class Arm(ABC):
         place: Where it stands in tables; smaller numbers first.
         kinds: Of layers that it can deal with.
         one_training: One training serves all sizes, and `cut` makes them out of copies of it.
-        needs_full: Begins when the full model is trained.
+        needs: Name of an arm whose network has to be trained before this one begins.
         own_size: Chooses its number of states itself: trained once, not cut.
         choice: A variant of ours that a default is chosen by; in a suite of its own.
     """
@@ -37,7 +37,7 @@ class Arm(ABC):
     place: ClassVar[int] = 50
     kinds: ClassVar[tuple[LayerKind, ...]] = ("linear", "selective")
     one_training: ClassVar[bool] = False
-    needs_full: ClassVar[bool] = False
+    needs: ClassVar[str | None] = None
     own_size: ClassVar[bool] = False
     choice: ClassVar[bool] = False
 
@@ -95,10 +95,10 @@ class AfterTraining(Arm):
     """Cut the trained full model, and train no further."""
 
     one_training = True
-    needs_full = True
+    needs = "full"
 
     def train(self, bench: Bench, size: int | None) -> L.LightningModule:
-        return bench.full()
+        return bench.trained("full")
 
 
 def keep_states(module: nn.Module, score: Callable[[Family, nn.Module], Tensor], size: int) -> None:

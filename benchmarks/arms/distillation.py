@@ -25,10 +25,10 @@ class Distillation(Arm):
         "model's answers at temperature 2 (Hinton et al. 2015, arXiv 1503.02531)."
     )
     place = 20
-    needs_full = True
+    needs = "full"
 
     def train(self, bench: Bench, size: int | None) -> L.LightningModule:
-        teacher = bench.full().eval()
+        teacher = bench.trained("full").eval()
         student = bench.fresh(size)
         latest: list[Tensor] = []
 

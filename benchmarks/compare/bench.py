@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,8 +23,8 @@ _TURN = 25  # steps between handing the processor on
 
 
 @dataclass(frozen=True)
-class FullModel:
-    """The network that was trained at full size, and what it cost."""
+class Trained:
+    """The network of an arm that others begin with, and what it cost."""
 
     module: L.LightningModule
     cpu: float
@@ -37,7 +37,7 @@ class Measured:
     Attributes:
         after_cut: Test accuracy right after each reduction in training.
         analysis: Processor seconds spent in looking and reducing.
-        borrowed: Processor seconds of the full model, for arms that need one.
+        borrowed: Processor seconds of the network that the arm starts from.
         curves: Whatever was watched over training.
     """
 
@@ -55,7 +55,7 @@ class Bench:
         seed: Fixes initialisation, order of the batches and dropout.
         turns: Who may compute.
         name: Of this training among the turns.
-        full: Will hold the trained full model.
+        needed: Arm -> will hold its trained network.
         report: Called with the step now and then.
     """
 
@@ -65,13 +65,13 @@ class Bench:
         seed: int,
         turns: Turns,
         name: str,
-        full: Future[FullModel],
+        needed: Mapping[str, Future[Trained]],
         report: Report = lambda _: None,
     ) -> None:
         self.task = task
         self.seed = seed
         self.measured = Measured()
-        self._full = full
+        self._needed = needed
         self._watcher = _Watcher(turns, name, report)
         self._data = task.make_data(seed)
 
@@ -98,11 +98,15 @@ class Bench:
         make_trainer(self.task.steps, own, clip=self.task.clip).fit(module, self._data)
         self.measured.analysis += sum(callback.seconds for callback in reducing)
 
-    def full(self) -> L.LightningModule:
-        """A copy of the trained full model, whose time is charged."""
-        trained = self._full.result()
+    def trained(self, arm: str) -> L.LightningModule:
+        """A copy of another arm's trained network, whose time is charged."""
+        trained = self._needed[arm].result()
         self.measured.borrowed = trained.cpu
         return copy.deepcopy(trained.module)
+
+    def states_of(self, arm: str) -> int:
+        """States of another arm's trained network, of the layer that has most; free of charge."""
+        return max(state_dims(self._needed[arm].result().module))
 
     def sample(self) -> list[Tensor]:
         """Training batches to calibrate on."""

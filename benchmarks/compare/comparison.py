@@ -165,7 +165,7 @@ class Comparison:
 
 def training(jobs: Iterable[Job]) -> int:
     """Jobs that report steps."""
-    return sum(not (job.arm.one_training and job.arm.needs_full) for job in jobs)
+    return sum(not (job.arm.one_training and job.arm.needs) for job in jobs)
 
 
 def work(unit: Unit, news: Any) -> list[Result]:

@@ -58,15 +58,17 @@ class Store:
 
 
 def missing_jobs(jobs: Sequence[Job], there: Iterable[Result]) -> list[Job]:
-    """Jobs without results, and the full and small models that their times are compared with."""
+    """Jobs without results, those they need, and full and small, for their times."""
     found = {(result.arm, result.size) for result in there}
 
     def is_missing(job: Job) -> bool:
         return any((job.arm.name, size) not in found for size in job.sizes)
 
-    if not any(is_missing(job) for job in jobs):
+    missing = [job for job in jobs if is_missing(job)]
+    if not missing:
         return []
-    return [job for job in jobs if is_missing(job) or job.arm.name in (FULL, SMALL)]
+    again = {FULL, SMALL, *(job.arm.needs for job in missing)}
+    return [job for job in jobs if job in missing or job.arm.name in again]
 
 
 @functools.cache

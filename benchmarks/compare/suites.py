@@ -37,6 +37,10 @@ def _all(*names: str) -> tuple[CompareTask, ...]:
     return tuple(TASKS[name] for name in names)
 
 
+def _about_bare(arm: Arm) -> bool:
+    return "bare" in arm.name
+
+
 SUITES = {
     suite.name: suite
     for suite in (
@@ -45,9 +49,14 @@ SUITES = {
             tuple(TASKS.values()), (0, 1, 2, 3, 4), lambda arm: not arm.choice,
         ),
         Suite(
+            "bare", "the callback without arguments, its parts, and others at the size it chooses",
+            _all("digits", "delay", "pathfinder", "listops"), (0, 1, 2, 3, 4),
+            lambda arm: _about_bare(arm) or arm.name in ("full", "defaults"),
+        ),
+        Suite(
             "choices", "what the package's defaults are chosen by: variants of ours",
             _all("digits", "delay", "pathfinder", "listops"), (0, 1, 2, 3, 4),
-            lambda arm: arm.choice or arm.name in ("full", "small", "ours"),
+            lambda arm: (arm.choice and not _about_bare(arm)) or arm.name in ("full", "small", "ours"),
         ),
         Suite(
             "smoke", "every arm, one seed, a few steps: whether everything runs",

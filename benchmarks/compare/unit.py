@@ -12,11 +12,11 @@ from typing import Any
 import lightning as L
 
 from benchmarks.arms import Arm, all_arms
-from benchmarks.compare.bench import Bench, FullModel, state_dims
+from benchmarks.compare.bench import Bench, Trained, state_dims
 from benchmarks.compare.tasks import CompareTask, evaluate
 from benchmarks.train.interleave import Turns, run_together
 
-FULL, SMALL = "full", "small"
+FULL, SMALL, SMALL_AS_BARE = "full", "small", "small-as-bare"
 Report = Callable[[str, int], None]
 
 
@@ -34,10 +34,10 @@ class Result:
         loss: Cross-entropy on the test set.
         after_cut: Test accuracy right after each reduction; the last one for cuts at the end.
         cpu: Processor seconds of training and cutting, without `borrowed`.
-        borrowed: Processor seconds of the full model that the arm starts from.
+        borrowed: Processor seconds of the network that the arm starts from.
         analysis: Processor seconds of looking and reducing in training.
         full_cpu: Processor seconds of the full model that took turns with this one.
-        small_cpu: The same of the model with `size` states from scratch; None without a size.
+        small_cpu: The same of the model from scratch with as many states; None if there is none.
         curves: What was watched over training; see `subspace`.
     """
 
@@ -97,28 +97,29 @@ def run_unit(
     Args:
         task: What is trained.
         seed: Fixes initialisation, order of the batches and dropout.
-        jobs: With the full model among them if any needs it.
+        jobs: With all among them that others need.
         report: Called with a job's name and its step.
     """
     turns = Turns()
-    full: Future[FullModel] = Future()
+    needed: dict[str, Future[Trained]] = {j.arm.needs: Future() for j in jobs if j.arm.needs}
     # Who goes first changes from seed to seed.
     first = seed % len(jobs)
-    starters = [job for job in (*jobs[first:], *jobs[:first]) if not job.arm.needs_full]
+    starters = [job for job in (*jobs[first:], *jobs[:first]) if not job.arm.needs]
     for job in starters:
         turns.join(job.name)
 
     def work(job: Job) -> list[Result]:
-        if job.arm.needs_full:
-            full.result()
+        if job.arm.needs:
+            needed[job.arm.needs].result()
             turns.join(job.name)
         try:
             turns.wait(job.name)
-            bench = Bench(task, seed, turns, job.name, full, lambda step: report(job.name, step))
-            return do(job, bench, full)
+            bench = Bench(task, seed, turns, job.name, needed, partial(report, job.name))
+            return do(job, bench, needed.get(job.arm.name))
         except BaseException as error:
-            if job.arm.name == FULL and not full.done():
-                full.set_exception(error)
+            own = needed.get(job.arm.name)
+            if own is not None and not own.done():
+                own.set_exception(error)
             raise
         finally:
             turns.leave(job.name)
@@ -129,19 +130,20 @@ def run_unit(
 
 def with_references(results: Sequence[Result]) -> list[Result]:
     """The same, each with the times of the full and the small model beside it."""
-    small = {r.size: r.cpu for r in results if r.arm == SMALL}
+    small: dict[int | None, float | None] = {r.size: r.cpu for r in results if r.arm == SMALL}
+    small[None] = next((r.cpu for r in results if r.arm == SMALL_AS_BARE), None)
     full = next((r.cpu for r in results if r.arm == FULL), 0.0)
     return [replace(r, full_cpu=full, small_cpu=small.get(r.size)) for r in results]
 
 
-def do(job: Job, bench: Bench, full: Future[FullModel]) -> list[Result]:
-    """Train, cut where the arm cuts at the end, and test."""
+def do(job: Job, bench: Bench, wanted: Future[Trained] | None) -> list[Result]:
+    """Train, cut where the arm cuts at the end, and test; hand the network on if it is wanted."""
     arm = job.arm
     if not arm.one_training:
         (size,) = job.sizes
         module = arm.train(bench, size)
-        if arm.name == FULL:
-            full.set_result(FullModel(module, bench.cpu))
+        if wanted is not None:
+            wanted.set_result(Trained(module, bench.cpu))
         return [measure(job, bench, module, size, bench.cpu)]
     trained = arm.train(bench, None)
     results, training = [], bench.cpu
