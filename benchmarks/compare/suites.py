@@ -37,6 +37,9 @@ def _all(*names: str) -> tuple[CompareTask, ...]:
     return tuple(TASKS[name] for name in names)
 
 
+_USUAL = ("full", "small", "ours")
+
+
 def _about_bare(arm: Arm) -> bool:
     return "bare" in arm.name
 
@@ -56,7 +59,7 @@ SUITES = {
         Suite(
             "choices", "what the package's defaults are chosen by: variants of ours",
             _all("digits", "delay", "pathfinder", "listops"), (0, 1, 2, 3, 4),
-            lambda arm: (arm.choice and not _about_bare(arm)) or arm.name in ("full", "small", "ours"),
+            lambda arm: (arm.choice and not _about_bare(arm)) or arm.name in _USUAL,
         ),
         Suite(
             "smoke", "every arm, one seed, a few steps: whether everything runs",
