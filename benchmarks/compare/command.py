@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.common.command import make_console, parse, write_numbers
 from benchmarks.compare.comparison import Comparison, Settings
-from benchmarks.compare.page import Report, make_page
+from benchmarks.compare.page import Report
 from benchmarks.compare.pictures import draw_all
 from benchmarks.compare.store import versions
 from benchmarks.compare.suites import SUITES
@@ -42,7 +42,7 @@ def write(comparison: Comparison, seconds: float) -> list[Path]:
     page = settings.page or settings.output / f"{settings.suite}.md"
     pictures = page.parent / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
-    page.write_text(make_page(report), encoding="utf-8")
+    page.write_text(comparison.suite.page(report), encoding="utf-8")
     content = {
         "command": command,
         "device": "CPU, one thread for each training",

@@ -77,7 +77,7 @@ def make_page(report: Report) -> str:
         verdicts.later(report.tasks, report.results),
         verdicts.settling(report.tasks, report.results),
         verdicts.where_it_does_not_help(report.tasks, report.results),
-        _arms_section(report.arms),
+        arms_section(report.arms),
     ]
     return "\n".join(part for part in parts if part).rstrip() + "\n"
 
@@ -166,7 +166,7 @@ def _choices(report: Report) -> str:
     return verdicts.against_ours(report.tasks, report.results)
 
 
-def _arms_section(arms: Iterable[Arm]) -> str:
+def arms_section(arms: Iterable[Arm]) -> str:
     rows = [(arm.label, f"`{arm.name}`", arm.about) for arm in arms]
     table = markdown_table(("arm", "name", "what it does"), rows)
     return (

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from benchmarks.arms import Arm, all_arms
+from benchmarks.compare.bare_page import make_bare_page
+from benchmarks.compare.page import Report, make_page
 from benchmarks.compare.tasks import TASKS, CompareTask
 
 
@@ -20,6 +22,7 @@ class Suite:
         tasks: In the order of the page.
         seeds: Each fixes initialisation, order of the batches and dropout.
         takes: Whether an arm belongs to it.
+        page: Makes its page.
     """
 
     name: str
@@ -27,6 +30,7 @@ class Suite:
     tasks: tuple[CompareTask, ...]
     seeds: tuple[int, ...]
     takes: Callable[[Arm], bool]
+    page: Callable[[Report], str] = make_page
 
     def arms(self) -> list[str]:
         """Names of its arms."""
@@ -54,7 +58,7 @@ SUITES = {
         Suite(
             "bare", "the callback without arguments, its parts, and others at the size it chooses",
             _all("digits", "delay", "pathfinder", "listops"), (0, 1, 2, 3, 4),
-            lambda arm: _about_bare(arm) or arm.name in ("full", "defaults"),
+            lambda arm: _about_bare(arm) or arm.name in ("full", "defaults"), make_bare_page,
         ),
         Suite(
             "choices", "what the package's defaults are chosen by: variants of ours",
