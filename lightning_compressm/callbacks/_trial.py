@@ -17,9 +17,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
-from lightning_compressm.control.task_aware import TaskGramians
 from lightning_compressm.model.layers import find_ssm_layers
+from lightning_compressm.reduction.analysis import Task
 from lightning_compressm.reduction.failures import TroubleError, describe
+from lightning_compressm.reduction.output_weights import WeightRecorder
 from lightning_compressm.reduction.policy import ReductionPolicy
 from lightning_compressm.reduction.processes import Processes
 from lightning_compressm.reduction.task_recorder import TaskRecorder
@@ -174,18 +175,18 @@ class _Run:
             apply_plan(self.copy, plan, undo)
             return float(self._forward())
 
-    def task(self, names: Collection[str]) -> dict[str, TaskGramians]:
-        """Layer name -> Gramians of this batch, of those of the layers that have some."""
+    def task(self, names: Collection[str]) -> dict[str, Task]:
+        """Layer name -> what the loss of this batch asks of it, where that can be told."""
         layers = {n: layer for n, layer in find_ssm_layers(self.copy).items() if n in names}
         try:
-            with TaskRecorder(layers) as recorder:
+            with TaskRecorder(layers) as gramians, WeightRecorder(layers) as weights:
                 torch.autograd.backward(self._forward())
         except Exception as error:
             rank_zero_info(f"CompreSSMCallback: no task-aware cuts ({describe(error)})")
             return {}
         finally:
             self.copy.zero_grad()
-        return recorder.gramians
+        return {**gramians.gramians, **weights.found}
 
     def _forward(self) -> Tensor:
         takes_number = is_param_in_hook_signature(self.step, "batch_idx", min_args=2)
@@ -203,8 +204,8 @@ class _Run:
         return loss
 
 
-def _shared(own: Mapping[str, TaskGramians], processes: Processes) -> dict[str, TaskGramians]:
-    """The Gramians of all processes' batches, of layers that all of them have some of."""
+def _shared(own: Mapping[str, Task], processes: Processes) -> dict[str, Task]:
+    """What all processes' batches ask, of the layers that all of them ask something of."""
     names = processes.agree(sorted(own))
     there = {n: float(processes.add_up(torch.tensor(float(n in own)))) for n in names}
     return {n: own[n].summed(processes.add_up) for n in names if there[n] == processes.size}

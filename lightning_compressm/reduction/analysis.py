@@ -18,12 +18,17 @@ from lightning_compressm.errors import UnsupportedLayerError
 from lightning_compressm.model.layers import SSMLayer
 from lightning_compressm.reduction.events import LayerEvent
 from lightning_compressm.reduction.order import Order
+from lightning_compressm.reduction.output_weights import OutputWeights
 from lightning_compressm.reduction.policy import ReductionPolicy
 from lightning_compressm.reduction.processes import Processes
 from lightning_compressm.reduction.recorder import Seen
 from lightning_compressm.surgery.plan import SurgeryPlan
 
-__all__ = ["Analyser", "Analysis", "Cut", "analyse", "analyses"]
+__all__ = ["Analyser", "Analysis", "Cut", "Task", "analyse", "analyses"]
+
+
+Task = TaskGramians | OutputWeights
+"""What the loss asks of a layer: of its states, or of its outputs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +60,7 @@ class Analysis(ABC):
     def cut(self, order: Order, policy: ReductionPolicy, seed: int) -> Cut:
         """Cut the layer to ``order.wanted`` states, or to more that ``order`` allows."""
 
-    def task_cuts(self, order: Order, policy: ReductionPolicy, task: TaskGramians) -> list[Cut]:
+    def task_cuts(self, order: Order, policy: ReductionPolicy, task: Task) -> list[Cut]:
         """Other cuts to ``order.wanted`` states, by what the loss asks of the layer, if any."""
         return []
 

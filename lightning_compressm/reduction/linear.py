@@ -16,7 +16,7 @@ from lightning_compressm.control.truncation import truncate
 from lightning_compressm.errors import CompreSSMError
 from lightning_compressm.families import Family
 from lightning_compressm.model.layers import SSMLayer
-from lightning_compressm.reduction.analysis import Analysis, Cut, analyses
+from lightning_compressm.reduction.analysis import Analysis, Cut, Task, analyses
 from lightning_compressm.reduction.events import LayerEvent
 from lightning_compressm.reduction.failures import LinAlgError, numerics
 from lightning_compressm.reduction.order import Order
@@ -50,9 +50,9 @@ class LinearAnalysis(Analysis):
         return self._cut(reduction)
 
     @torch.no_grad()
-    def task_cuts(self, order: Order, policy: ReductionPolicy, task: TaskGramians) -> list[Cut]:
+    def task_cuts(self, order: Order, policy: ReductionPolicy, task: Task) -> list[Cut]:
         """By Gramians of data and gradients, in the forms that there are."""
-        if order.wanted > order.most:
+        if order.wanted > order.most or not isinstance(task, TaskGramians):
             return []
         cuts, used = [], self.factors
         for form in get_args(TaskForm):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +23,12 @@ from lightning_compressm.families import SelectiveFamily
 from lightning_compressm.families._base import tensor_of
 from lightning_compressm.families._selective import READOUT, SHIFT
 from lightning_compressm.model.layers import SSMLayer
-from lightning_compressm.reduction.analysis import Analysis, Cut, analyses
+from lightning_compressm.reduction.analysis import Analysis, Cut, Task, analyses
 from lightning_compressm.reduction.events import LayerEvent
 from lightning_compressm.reduction.failures import numerics
 from lightning_compressm.reduction.order import Order
 from lightning_compressm.reduction.output_fit import fit_output, output_error
+from lightning_compressm.reduction.output_weights import OutputWeights
 from lightning_compressm.reduction.policy import ReductionPolicy
 from lightning_compressm.reduction.processes import Processes
 from lightning_compressm.reduction.recorder import Seen
@@ -50,6 +52,7 @@ class SelectiveAnalysis(Analysis):
         inputs: the layer's inputs on this process.
         original: a copy of the layer for evaluation, in single precision at least.
         processes: those that hold other parts of the data.
+        weights: factors of the outputs' errors, (batch, L) for each input; all alike if empty.
     """
 
     family: SelectiveFamily
@@ -57,6 +60,7 @@ class SelectiveAnalysis(Analysis):
     inputs: Sequence[Tensor] = field(repr=False)
     original: nn.Module = field(repr=False)
     processes: Processes = field(repr=False)
+    weights: Sequence[Tensor] = field(default=(), repr=False)
 
     @cached_property
     def wanted(self) -> list[Tensor]:
@@ -82,6 +86,30 @@ class SelectiveAnalysis(Analysis):
                 f"max_output_error = {limit:.0%}"
             )
         return Cut(LayerEvent.skip(self.layer, reason=reason, balance=criterion))
+
+    def task_cuts(self, order: Order, policy: ReductionPolicy, task: Task) -> list[Cut]:
+        """With each output's error weighted by what the loss asks of it."""
+        if order.wanted > order.most or not isinstance(task, OutputWeights):
+            return []
+        dtype = next(self.original.parameters()).dtype
+        inputs = [_capped(x).to(dtype) for x in task.inputs]
+        factors = task.relative(self.processes.add_up)
+        weights = [w[: len(x)] for w, x in zip(factors, inputs, strict=True)]
+        statistics = _statistics(self.family, self.original, inputs, weights)
+        statistics = statistics.summed(lambda _, total: self.processes.add_up(total))
+        weighted = replace(self, statistics=statistics, inputs=inputs, weights=weights)
+        criterion = _resolve_criterion(policy)
+        keep, usual = (
+            each._rank(criterion, 0)[:, : order.wanted].sort(dim=-1).values
+            for each in (weighted, self)
+        )
+        if self.family.refit == "local" and torch.equal(keep, usual):
+            return []  # a local refit goes by the output as it is: it would be the same cut
+        plan, error = weighted._selected(keep, policy)
+        limit = float("inf") if policy.max_output_error is None else policy.max_output_error
+        if error > limit:
+            return []
+        return [Cut(self._event(order.wanted, error, criterion, "weighted by the loss"), plan)]
 
     def _event(self, order: int, error: float, criterion: str, note: str) -> LayerEvent:
         total = float(self.sigma.sum())
@@ -119,7 +147,7 @@ class SelectiveAnalysis(Analysis):
         return plan, self.processes.agree(error)
 
     def _with_readout(self, plan: SurgeryPlan, keep: Tensor) -> SurgeryPlan:
-        batches = list(_signals(self.family, self.original, self.inputs))
+        batches = list(_signals(self.family, self.original, self.inputs, self.weights))
         with numerics():
             delta = refit_readout(batches, keep, add_up=self.processes.add_up)
         with torch.no_grad():
@@ -167,21 +195,31 @@ def analyse_selective(
 
 
 def _statistics(
-    family: SelectiveFamily, module: nn.Module, inputs: Sequence[Tensor]
+    family: SelectiveFamily,
+    module: nn.Module,
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor] = (),
 ) -> SelectiveStatistics:
     parts = []
-    for signals in _signals(family, module, inputs):
+    for signals in _signals(family, module, inputs, weights):
         with numerics():
             parts.append(SelectiveStatistics.of([signals]))
     return reduce(SelectiveStatistics.combined, parts)
 
 
 def _signals(
-    family: SelectiveFamily, module: nn.Module, inputs: Sequence[Tensor]
+    family: SelectiveFamily,
+    module: nn.Module,
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor] = (),
 ) -> Iterator[SelectiveSignals]:
     with torch.no_grad():
-        for batch in inputs:
-            yield family.signals(module, batch)
+        for batch, factors in zip_longest(inputs, weights):
+            signals = family.signals(module, batch)
+            if factors is not None:
+                scale = factors[:, :, None, None].to(signals.weight)
+                signals = replace(signals, weight=signals.weight * scale)
+            yield signals
 
 
 def _for_evaluation(module: nn.Module) -> nn.Module:

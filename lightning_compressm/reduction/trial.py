@@ -6,8 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from lightning_compressm.control.task_aware import TaskGramians
-from lightning_compressm.reduction.analysis import Cut
+from lightning_compressm.reduction.analysis import Cut, Task
 from lightning_compressm.surgery.plan import SurgeryPlan
 
 __all__ = ["Trial", "affordable"]
@@ -24,7 +23,7 @@ class Trial:
         budget: by how much it may rise, as a share of ``scale``, for all layers together.
         scale: the running loss of training, positive.
         floors: layer name -> states below which it is not cut now.
-        task: layer name -> Gramians of data and gradients, by which it can be cut as well.
+        task: layer name -> what the loss asks of it, by which it can be cut as well.
 
     Example:
         >>> Trial(lambda plan: 1.0, budget=0.02, scale=2.0).allowed
@@ -35,7 +34,7 @@ class Trial:
     budget: float
     scale: float
     floors: Mapping[str, int] = field(default_factory=dict)
-    task: Mapping[str, TaskGramians] = field(default_factory=dict)
+    task: Mapping[str, Task] = field(default_factory=dict)
 
     @property
     def allowed(self) -> float:

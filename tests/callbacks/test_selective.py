@@ -18,6 +18,7 @@ from . import helpers, selective_models
 from .helpers import BATCHES, Classifier, Plain, StatefulLoader, trainer
 from .test_ddp import _load
 
+BY_LOSS = "mamba+budget"
 KINDS = {"mamba": "mamba_ssm", "mamba2": "mamba_ssm", "transformers": "transformers"}
 
 
@@ -134,7 +135,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory, mamba_ssm_on_cpu: None) 
     for kind in KINDS:
         _need(kind)
     out = tmp_path_factory.mktemp("selective")
-    run_pair("ddp_worker", out, *(f"selective/{kind}" for kind in KINDS))
+    run_pair("ddp_worker", out, *(f"selective/{kind}" for kind in (*KINDS, BY_LOSS)))
     return out
 
 
@@ -150,3 +151,18 @@ def test_two_processes_sum_their_statistics(kind: str, two_ranks: Path, tmp_path
     for name, value in first["state_dict"].items():
         assert torch.equal(value, second["state_dict"][name]), f"{name} differs between ranks"
         torch.testing.assert_close(value, single["state_dict"][name], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.slow
+def test_two_processes_try_cuts_together(two_ranks: Path, tmp_path: Path) -> None:
+    first, second = (_load(two_ranks, f"selective/{BY_LOSS}", rank) for rank in (0, 1))
+    assert first["history"] == second["history"]
+    assert set(first["state_dims"].values()) == {4}
+    for name, value in first["state_dict"].items():
+        assert torch.equal(value, second["state_dict"][name]), f"{name} differs between ranks"
+    single = selective_models.run(BY_LOSS, tmp_path)
+    assert single["state_dims"] == first["state_dims"]
+    looks = [[e["loss_change"] for e in run["history"]][:2] for run in (first, single)]
+    assert looks[0] == pytest.approx(looks[1], rel=1e-3, abs=1e-4)
+    reasons = {e["reason"] for run in (first, single) for e in run["history"]}
+    assert "weighted by the loss" in reasons
