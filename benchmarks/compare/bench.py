@@ -105,8 +105,14 @@ class Bench:
         return copy.deepcopy(trained.module)
 
     def states_of(self, arm: str) -> int:
-        """States of another arm's trained network, of the layer that has most; free of charge."""
+        """States of the layer that has most in another arm's network; free of charge."""
         return max(state_dims(self._needed[arm].result().module))
+
+    def hand_on(self, arm: str, module: L.LightningModule) -> None:
+        """Give this arm's network to those that wait for it, unless they have it."""
+        wanted = self._needed.get(arm)
+        if wanted is not None and not wanted.done():
+            wanted.set_result(Trained(module, self.cpu))
 
     def sample(self) -> list[Tensor]:
         """Training batches to calibrate on."""

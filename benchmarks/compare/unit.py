@@ -115,7 +115,7 @@ def run_unit(
         try:
             turns.wait(job.name)
             bench = Bench(task, seed, turns, job.name, needed, partial(report, job.name))
-            return do(job, bench, needed.get(job.arm.name))
+            return do(job, bench)
         except BaseException as error:
             own = needed.get(job.arm.name)
             if own is not None and not own.done():
@@ -136,14 +136,13 @@ def with_references(results: Sequence[Result]) -> list[Result]:
     return [replace(r, full_cpu=full, small_cpu=small.get(r.size)) for r in results]
 
 
-def do(job: Job, bench: Bench, wanted: Future[Trained] | None) -> list[Result]:
+def do(job: Job, bench: Bench) -> list[Result]:
     """Train, cut where the arm cuts at the end, and test; hand the network on if it is wanted."""
     arm = job.arm
     if not arm.one_training:
         (size,) = job.sizes
         module = arm.train(bench, size)
-        if wanted is not None:
-            wanted.set_result(Trained(module, bench.cpu))
+        bench.hand_on(arm.name, module)
         return [measure(job, bench, module, size, bench.cpu)]
     trained = arm.train(bench, None)
     results, training = [], bench.cpu
