@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelPruning
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-
+from lightning_compressm.callbacks import _lightning as pl
 from lightning_compressm.callbacks._limits import accumulation_changes
 from lightning_compressm.callbacks._strategy import is_supported
 from lightning_compressm.errors import UnsupportedStrategyError
@@ -89,7 +86,7 @@ def _check_returned_weights(trainer: pl.Trainer, pl_module: pl.LightningModule) 
     Raises:
         UnsupportedStrategyError: naming the layers.
     """
-    if not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+    if not isinstance(trainer.strategy.launcher, pl.MultiProcessingLauncher):
         return
     if lacking := lacks_resize_hooks(pl_module):
         raise UnsupportedStrategyError(
@@ -128,7 +125,7 @@ def _check_pruning(trainer: pl.Trainer, layers: Iterable[SSMLayer]) -> None:
     """
     owners = {id(module): layer for layer in layers for module in layer.module.modules()}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if not isinstance(callback, ModelPruning):
+        if not isinstance(callback, pl.ModelPruning):
             continue
         for module, name in callback._parameters_to_prune:
             if id(module) in owners:

@@ -9,13 +9,10 @@ from contextlib import ExitStack
 from copy import deepcopy
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
+from lightning_compressm.callbacks import _lightning as pl
 from lightning_compressm.control.task_aware import TaskGramians
 from lightning_compressm.model.layers import find_ssm_layers
 from lightning_compressm.reduction.failures import TroubleError, describe
@@ -97,7 +94,7 @@ class LossTrials:
     def _say(self, why: str) -> None:
         if not self._told:
             self._told = True
-            rank_zero_warn(
+            pl.rank_zero_warn(
                 "CompreSSMCallback can't tell what a reduction costs, since training_step can't be "
                 f"run for a trial: {why}. It goes by tolerance=0.05 instead; give `tolerance`, "
                 "`fraction` or `state_dim` to choose yourself."
@@ -127,7 +124,7 @@ class _Run:
         """Why the loss can't be told; empty if it can."""
         if not self.pl_module.automatic_optimization:
             return "it optimizes by hand"
-        if is_param_in_hook_signature(self.step, "dataloader_iter", explicit=True):
+        if pl.is_param_in_hook_signature(self.step, "dataloader_iter", explicit=True):
             return "it takes a `dataloader_iter`"
         try:
             self.copy = _copy(self.pl_module)
@@ -154,16 +151,16 @@ class _Run:
             with TaskRecorder(layers) as recorder:
                 torch.autograd.backward(self._forward())
         except Exception as error:
-            rank_zero_info(f"CompreSSMCallback: no task-aware cuts ({describe(error)})")
+            pl.rank_zero_info(f"CompreSSMCallback: no task-aware cuts ({describe(error)})")
             return {}
         finally:
             self.copy.zero_grad()
         return recorder.gramians
 
     def _forward(self) -> Tensor:
-        takes_number = is_param_in_hook_signature(self.step, "batch_idx", min_args=2)
+        takes_number = pl.is_param_in_hook_signature(self.step, "batch_idx", min_args=2)
         with (
-            isolate_rng(),
+            pl.isolate_rng(),
             warnings.catch_warnings(),
             torch.compiler.set_stance("force_eager"),  # else each try would be compiled
             self.trainer.precision_plugin.train_step_context(),
