@@ -24,7 +24,7 @@ from lightning_compressm.callbacks._trial import Batch, LossTrials
 from lightning_compressm.callbacks._watch import TrainingWatch
 from lightning_compressm.callbacks._weights import Fingerprint, fingerprint, trained
 from lightning_compressm.callbacks.schedule import Looks, Schedule
-from lightning_compressm.errors import NonFiniteError
+from lightning_compressm.errors import NonFiniteError, add_note
 from lightning_compressm.model.frozen import ChosenLayers, choose_layers
 from lightning_compressm.model.layers import SSMLayer, select_layers
 from lightning_compressm.reduction.decide import decide
@@ -213,7 +213,7 @@ class ReductionRun:
             self.pending = Decision.from_dict(decide_together(trainer.strategy, work))
         except NonFiniteError as error:
             if self._bad_step is not None and (bad := int(self._bad_step)) >= 0:
-                error.add_note(f"the loss was not finite for the first time at step {bad}")
+                add_note(error, f"the loss was not finite for the first time at step {bad}")
             raise
         self.looks.done()
 

@@ -16,7 +16,7 @@ from lightning_compressm.model.change import change
 from lightning_compressm.surgery.optimizer import OptimizerStatePolicy
 from lightning_compressm.surgery.plan import SurgeryPlan
 
-__all__ = ["carry_out", "is_supported", "refreshes", "swap"]
+__all__ = ["carry_out", "delays_static_graph", "is_supported", "refreshes", "swap"]
 
 Refresh = Callable[[Any, ExitStack], Callable[[], None]]
 """Lets a strategy take up new parameters, and puts what takes that back on the stack first; gives
@@ -45,6 +45,11 @@ def refreshes(strategy: type[pl.Strategy]) -> Callable[[RefreshT], RefreshT]:
 def is_supported(strategy: pl.Strategy) -> bool:
     """Whether models under this strategy can be reduced."""
     return type(strategy) in _REFRESH
+
+
+def delays_static_graph(strategy: pl.Strategy) -> bool:
+    """Whether DDP waits for the first backward pass by hand, as it does from Lightning 2.6 on."""
+    return hasattr(strategy, _DELAY)
 
 
 def swap(
@@ -117,7 +122,7 @@ def _rewrap(strategy: pl.DDPStrategy, undo: ExitStack) -> Callable[[], None]:
     old = strategy.model
     undo.callback(_wrapper_restorer(strategy))
     strategy.model = strategy.lightning_module
-    if hasattr(strategy, _DELAY):  # from Lightning 2.6
+    if delays_static_graph(strategy):
         setattr(strategy, _DELAY, False)
     _forget_compression(strategy._ddp_comm_state)
     strategy.configure_ddp()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Collection, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -162,7 +162,7 @@ class _Run:
         with (
             pl.isolate_rng(),
             warnings.catch_warnings(),
-            torch.compiler.set_stance("force_eager"),  # else each try would be compiled
+            _force_eager(),
             self.trainer.precision_plugin.train_step_context(),
         ):
             warnings.simplefilter("ignore")
@@ -171,6 +171,12 @@ class _Run:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise TypeError(f"expected a loss from training_step, got {type(loss).__name__}")
         return loss
+
+
+def _force_eager() -> AbstractContextManager[Any]:
+    """Each try would be compiled otherwise, as it is below torch 2.6, which knows no stance."""
+    set_stance = getattr(torch.compiler, "set_stance", None)
+    return set_stance("force_eager") if set_stance else nullcontext()
 
 
 def _shared(own: Mapping[str, TaskGramians], processes: Processes) -> dict[str, TaskGramians]:

@@ -19,6 +19,7 @@ from lightning_compressm.model.layers import find_ssm_layers
 from lightning_compressm.nn._mamba import MambaBlock
 
 from ..processes import run_pair
+from ..test_architecture import LIGHTNING
 from .helpers import same, trainer
 from .names import CUT, NAMES, fit, task
 
@@ -157,7 +158,7 @@ for name in ("CompreSSMCallback", "HankelMonitor"):
         assert "[pytorch-lightning]" in str(error), error
     else:
         raise AssertionError(name)
-loaded = [m for m, there in sys.modules.items() if there and "lightning" in m.partition("_c")[0]]
+loaded = [m for m, there in sys.modules.items() if there and m.split(".")[0] in {blocked}]
 assert not loaded, loaded
 """
 
@@ -171,7 +172,7 @@ def _python(code: str, *blocked: str) -> None:
 
 
 def test_neither_is_needed_and_the_callbacks_say_what_is() -> None:
-    _python(WITHOUT, "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities")
+    _python(WITHOUT.replace("{blocked}", repr(LIGHTNING)), *LIGHTNING)
 
 
 TRAIN = """

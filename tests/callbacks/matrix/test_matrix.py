@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import callbacks
 
+from ...features import needs_strict_ranks
 from ...processes import run_one, run_pair
 from . import cells, checks
 from .cells import Cell, key
@@ -29,6 +31,13 @@ def _params(processes: int) -> list[object]:
 def _need(cell: Cell) -> None:
     if cell["layer"] == "mamba_ssm Mamba" and find_spec("mamba_ssm") is None:
         pytest.skip("mamba_ssm is not installed")
+    if cell["around"] == "EMAWeightAveraging" and not hasattr(callbacks, "EMAWeightAveraging"):
+        pytest.skip("this version of Lightning has no EMAWeightAveraging")
+    if cell["optimizer"] in ("Adafactor", "Muon") and not hasattr(torch.optim, cell["optimizer"]):
+        pytest.skip(f"this version of torch has no {cell['optimizer']}")
+    by_hand = cell["training"] == "manual optimization" and cell["DDP option"] == "static_graph"
+    if by_hand and needs_strict_ranks.args[0]:
+        pytest.skip(needs_strict_ranks.kwargs["reason"])
 
 
 def _load(out: Path, rank: int | str = 0) -> checks.Result:
