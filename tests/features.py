@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from packaging.version import Version
 
 _RECENT = {name.lower(): name for name in ("Adafactor", "Muon")}
 
@@ -16,6 +17,11 @@ needs_strict_ranks = pytest.mark.skipif(
     not hasattr(pl.strategies.DDPStrategy(), "_pl_static_graph_delay_done"),
     reason="manual optimization with static_graph: ranks drift apart below Lightning 2.6",
 )
+
+
+def from_lightning(version: str, reason: str) -> pytest.MarkDecorator:
+    """Skips a test where an older Lightning does something wrong by itself."""
+    return pytest.mark.skipif(Version(pl.__version__) < Version(version), reason=reason)
 
 
 def needs(owner: ModuleType, name: str) -> pytest.MarkDecorator:
