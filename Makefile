@@ -33,11 +33,19 @@ WORKERS ?= 2
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 ARGS ?=
 
-.PHONY: help install demo speed test test-all lint format docs table clean distclean
+# The oldest versions in environments of their own. PyPI has torch 2.4.1 with CUDA alone: 5 GB.
+OLD_PYTHON ?= $(shell python3.10 -c "" 2>/dev/null && echo python3.10 || echo python3)
+OLD := .venv-oldest
+OLD_FULL := .venv-oldest-full
+CORE := $(filter-out tests/callbacks tests/benchmarks,$(patsubst %/,%,$(wildcard tests/*/))) \
+	tests/test_compressor.py tests/test_precision.py tests/test_regularizer.py tests/test_rules.py
+
+.PHONY: help install demo speed test test-all test-oldest test-oldest-full lint format docs table
+.PHONY: dist clean distclean
 
 help:  ## Show the targets
 	@echo "make TARGET [PYTHON=/path/to/python] [ARGS=\"more arguments\"]"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' Makefile
 
 .venv/.installed: setup.cfg pyproject.toml constraints.txt
 	test -x .venv/bin/python || python3 -m venv .venv
@@ -59,6 +67,27 @@ test: $(READY)  ## Unit tests and doctests (CI=true: the slow ones as well)
 test-all: $(READY)  ## All tests, the slow ones included
 	$(PY) $(PYTEST) $(ARGS)
 
+$(OLD)/.installed: requirements-oldest.txt
+	test -x $(OLD)/bin/python || python3 -m venv $(OLD)
+	.ci/cpu-torch $(OLD)/bin/python 2.13.0
+	$(OLD)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-oldest.txt
+	touch $@
+
+$(OLD_FULL)/.installed: requirements-oldest.txt
+	test -x $(OLD_FULL)/bin/python || $(OLD_PYTHON) -m venv $(OLD_FULL)
+	$(OLD_FULL)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.4.1 "numpy<2" \
+	  -r requirements-oldest.txt
+	touch $@
+
+test-oldest: $(OLD)/.installed  ## The callback's tests with Lightning 2.4.0 under both its names
+	$(OLD)/bin/python $(PYTEST) -m "not slow" tests/callbacks --ignore tests/callbacks/matrix $(ARGS)
+
+test-oldest-full: $(OLD_FULL)/.installed  ## Core tests with torch 2.4.1, numpy 1 (5 GB)
+	$(OLD_FULL)/bin/python $(PYTEST) -m "not slow" $(CORE) tests/callbacks/test_names.py $(ARGS)
+
+dist:  ## Build sdist and wheel into dist/; try the wheel with and without Lightning
+	.ci/dist $(firstword $(PYTHON) python3)
+
 lint: $(READY)  ## Check format, lint and types
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
@@ -78,7 +107,7 @@ table: $(READY)  ## Write the generated tables into README and docs
 clean:  ## Remove what builds, tests and runs leave behind (not .venv)
 	rm -rf build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -rf *.egg-info lightning_logs checkpoints
-	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 
-distclean: clean  ## clean, and remove .venv
-	rm -rf .venv
+distclean: clean  ## clean, and remove the environments
+	rm -rf .venv $(OLD) $(OLD_FULL)

@@ -60,7 +60,7 @@ def replaceable(model: nn.Module, name: str) -> Tensor:
 
 def _refused(tensor: Tensor) -> str:
     """What a new tensor would silently lose; empty if nothing."""
-    if type(tensor) not in (nn.Parameter, Tensor, nn.Buffer):
+    if type(tensor) not in (nn.Parameter, Tensor):
         return f"type {type(tensor).__name__}"
     if getattr(tensor, "_post_accumulate_grad_hooks", None):
         return "hooks after accumulation"

@@ -17,6 +17,7 @@ __all__ = [
     "UnsupportedOptimizerError",
     "UnsupportedStrategyError",
     "about",
+    "add_note",
 ]
 
 
@@ -62,18 +63,35 @@ class CheckpointError(CompreSSMError, RuntimeError):
 
 @contextmanager
 def about(what: object) -> Iterator[None]:
-    """Errors from here say what they are about.
+    r"""Errors from here say what they are about.
 
     Example:
         >>> try:
         ...     with about("layer 'lru'"):
         ...         raise NonFiniteError("eigenvalues: NaN")
         ... except NonFiniteError as error:
-        ...     error.__notes__
-        ["layer 'lru'"]
+        ...     print(error, *getattr(error, "__notes__", ()), sep="\n")
+        eigenvalues: NaN
+        layer 'lru'
     """
     try:
         yield
     except (CompreSSMError, ValueError) as error:
-        error.add_note(str(what))
+        add_note(error, str(what))
         raise
+
+
+def add_note(error: Exception, note: str) -> None:
+    r"""Say more about an error: as a note, or in its message where Python (3.10) has none.
+
+    Example:
+        >>> error = ValueError("eigenvalues: NaN")
+        >>> add_note(error, "layer 'lru'")
+        >>> print(error, *getattr(error, "__notes__", ()), sep="\n")
+        eigenvalues: NaN
+        layer 'lru'
+    """
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+    else:
+        error.args = ("\n".join([*map(str, error.args[:1]), note]), *error.args[1:])

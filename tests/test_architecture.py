@@ -79,10 +79,10 @@ def _part(path: Path) -> str:
     return parts[0] if len(parts) > 1 else ""
 
 
-def _statements(tree: ast.AST, lazy: bool) -> Iterator[ast.AST]:
-    """Nodes that run on import, and with `lazy` function bodies; never TYPE_CHECKING blocks."""
+def _statements(tree: ast.AST, lazy: bool, types: bool = False) -> Iterator[ast.AST]:
+    """Nodes that run on import; with `lazy` function bodies, with `types` TYPE_CHECKING blocks."""
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) and not types:
             for other in node.orelse:
                 yield other
                 yield from _statements(other, lazy)
@@ -90,14 +90,14 @@ def _statements(tree: ast.AST, lazy: bool) -> Iterator[ast.AST]:
         if not lazy and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             continue
         yield node
-        yield from _statements(node, lazy)
+        yield from _statements(node, lazy, types)
 
 
-def imports(path: Path, *, lazy: bool = True) -> set[str]:
+def imports(path: Path, *, lazy: bool = True, types: bool = False) -> set[str]:
     """Absolute dotted names of all that a file imports: `from a.b import c` gives `a.b.c`."""
     package = [NAME, *path.relative_to(PACKAGE).parts[:-1]]
     found = set()
-    for node in _statements(ast.parse(path.read_text()), lazy):
+    for node in _statements(ast.parse(path.read_text()), lazy, types):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -140,14 +140,19 @@ def test_the_reader_of_imports_sees_all_forms(tmp_path: Path, monkeypatch: pytes
     now = {"typing.TYPE_CHECKING", "a.b", f"{NAME}.nn.c", f"{NAME}.d.e", "f", "g"}
     assert imports(path, lazy=False) == now
     assert imports(path) == now | {"late"}
+    assert imports(path, types=True) == now | {"late", "hidden"}
+
+
+LIGHTNING = ("lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning")
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=_name)
-def test_only_callbacks_import_lightning(path: Path):
-    if _part(path) == "callbacks":
+def test_one_file_imports_lightning(path: Path):
+    """Types count as well: written for one of its two names, they would be wrong for the other."""
+    if _name(path) == "callbacks/_lightning.py":
         return
-    found = [n for n in imports(path) if _within(n, "lightning", "pytorch_lightning")]
-    assert not found, f"only callbacks/ may import Lightning; {_name(path)} imports {found}"
+    found = [n for n in imports(path, types=True) if _within(n, *LIGHTNING)]
+    assert not found, f"{_name(path)} imports {found}; only callbacks/_lightning.py may"
 
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if _part(p) == "control"], ids=_name)
@@ -258,9 +263,9 @@ def test_import_is_light():
     code = (
         f"import json, sys; import {NAME}, {NAME}.control, {NAME}.nn, {NAME}.compat;"
         f"from {NAME} import Family;"
-        f"heavy = [m for m in {['lightning', *optional]!r} if m in sys.modules];"
+        f"heavy = [m for m in {[*LIGHTNING, *optional]!r} if m in sys.modules];"
         f"from {NAME} import CompreSSMCallback;"
-        "print(json.dumps([heavy, 'lightning' in sys.modules]))"
+        f"print(json.dumps([heavy, any(m in sys.modules for m in {LIGHTNING!r})]))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr

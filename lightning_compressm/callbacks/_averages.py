@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from lightning_compressm.callbacks import _lightning as pl
 from lightning_compressm.families import named_layers
 from lightning_compressm.model.copies import ModelCopy, find_copies
 from lightning_compressm.model.resizing import install_resize_hooks
 
 __all__ = ["align_averages", "average_to_current", "averages_of", "install_hooks_on_averages"]
 
-_AVERAGING = (WeightAveraging, StochasticWeightAveraging)
+_AVERAGING = (pl.WeightAveraging, pl.StochasticWeightAveraging)
 
 
 def averages_of(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[nn.Module]:
@@ -60,7 +58,7 @@ def align_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             original = pl_module.get_submodule(copy.path)
             copy.mirror.load_state_dict(original.state_dict())
         elif same and not average:
-            rank_zero_warn(
+            pl.rank_zero_warn(
                 f"CompreSSMCallback leaves the {type(copy.mirror).__name__} that "
                 f"{type(callback).__name__} holds as it is. If it is an average of the weights, "
                 "make it a torch.optim.swa_utils.AveragedModel, and it is reduced along."
@@ -70,7 +68,7 @@ def align_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
 def average_to_current(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """At the end of training, give the model the averaged weights, as its callback has done."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, WeightAveraging):
+        if isinstance(callback, pl.WeightAveraging):
             callback.on_train_end(trainer, pl_module)
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
-
+from lightning_compressm.callbacks import _lightning as pl
 from lightning_compressm.callbacks.schedule import Schedule
 
 __all__ = ["accumulation_changes", "fitting", "is_last_step", "total_steps"]
@@ -15,7 +13,7 @@ __all__ = ["accumulation_changes", "fitting", "is_last_step", "total_steps"]
 def accumulation_changes(trainer: pl.Trainer) -> bool:
     """Whether a scheduler will accumulate gradients over several batches."""
     return any(
-        isinstance(callback, GradientAccumulationScheduler)
+        isinstance(callback, pl.GradientAccumulationScheduler)
         and callback.going_to_accumulate_grad_batches()
         for callback in trainer.callbacks  # type: ignore[attr-defined]
     )

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
+from lightning_compressm.callbacks import _lightning as pl
 from lightning_compressm.errors import CompreSSMError, SurgeryError
 from lightning_compressm.reduction.failures import Reach, TroubleError, describe, reach_of
 from lightning_compressm.reduction.processes import Processes
@@ -26,7 +26,7 @@ class Ranks(Processes):
     none waits for one that has left. All exchanges end with the strategy's timeout at the latest.
     """
 
-    def __init__(self, strategy: Strategy) -> None:
+    def __init__(self, strategy: pl.Strategy) -> None:
         self.strategy = strategy
         self.size = int(getattr(strategy, "world_size", 1))
         self.rank = int(getattr(strategy, "global_rank", 0))
@@ -110,7 +110,7 @@ class ExchangeError(SurgeryError):
     """The ranks can't reach each other any more."""
 
 
-def decide_together(strategy: Strategy, decide: Callable[[Processes], T]) -> T:
+def decide_together(strategy: pl.Strategy, decide: Callable[[Processes], T]) -> T:
     """Run ``decide`` on every rank; all get the result of rank 0, or all raise.
 
     Raises:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelPruning
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-
+from lightning_compressm.callbacks import _lightning as pl
 from lightning_compressm.callbacks._limits import accumulation_changes
-from lightning_compressm.callbacks._strategy import is_supported
+from lightning_compressm.callbacks._strategy import delays_static_graph, is_supported
 from lightning_compressm.errors import UnsupportedStrategyError
 from lightning_compressm.model.layers import SSMLayer, find_ssm_layers
 from lightning_compressm.model.resizing import lacks_resize_hooks
@@ -28,7 +25,7 @@ def check_setup(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     Raises:
         UnsupportedStrategyError: naming what was found and what works.
     """
-    _check_trainer(trainer)
+    _check_trainer(trainer, pl_module)
     _check_precision(trainer, find_ssm_layers(pl_module).values())
     _check_returned_weights(trainer, pl_module)
 
@@ -45,7 +42,7 @@ def check_fit(trainer: pl.Trainer, layers: Iterable[SSMLayer]) -> None:
         check_optimizer(optimizer)
 
 
-def _check_trainer(trainer: pl.Trainer) -> None:
+def _check_trainer(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Refuse strategies, precisions and callbacks under which a reduction would go wrong.
 
     Raises:
@@ -62,7 +59,7 @@ def _check_trainer(trainer: pl.Trainer) -> None:
             "DDPStrategy(model_averaging_period=...) is not supported: post-local SGD rebuilds "
             "the optimizers around the old parameters. Leave it out."
         )
-    _check_static_graph(trainer)
+    _check_static_graph(trainer, pl_module)
     if trainer.precision not in _PRECISIONS:
         raise UnsupportedStrategyError(
             f"precision '{trainer.precision}' is not supported; expected one of "
@@ -70,11 +67,17 @@ def _check_trainer(trainer: pl.Trainer) -> None:
         )
 
 
-def _check_static_graph(trainer: pl.Trainer) -> None:
+def _check_static_graph(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """DDP learns a static graph from its first batch, which has to exchange gradients."""
-    accumulates = trainer.accumulate_grad_batches > 1 or accumulation_changes(trainer)
-    options = getattr(trainer.strategy, "_ddp_kwargs", {})
-    if accumulates and options.get("static_graph"):
+    if not getattr(trainer.strategy, "_ddp_kwargs", {}).get("static_graph"):
+        return
+    if not pl_module.automatic_optimization and not delays_static_graph(trainer.strategy):
+        raise UnsupportedStrategyError(
+            "DDPStrategy(static_graph=True) is not supported with manual optimization by this "
+            "version of Lightning: its ranks end with different weights, with or without "
+            "CompreSSMCallback. Install Lightning 2.6 or later, or leave static_graph out."
+        )
+    if trainer.accumulate_grad_batches > 1 or accumulation_changes(trainer):
         raise UnsupportedStrategyError(
             "DDPStrategy(static_graph=True) is not supported with accumulated gradients: torch "
             "fails if the first batch after a reduction exchanges none. Leave static_graph out."
@@ -89,7 +92,7 @@ def _check_returned_weights(trainer: pl.Trainer, pl_module: pl.LightningModule) 
     Raises:
         UnsupportedStrategyError: naming the layers.
     """
-    if not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+    if not isinstance(trainer.strategy.launcher, pl.MultiProcessingLauncher):
         return
     if lacking := lacks_resize_hooks(pl_module):
         raise UnsupportedStrategyError(
@@ -128,7 +131,7 @@ def _check_pruning(trainer: pl.Trainer, layers: Iterable[SSMLayer]) -> None:
     """
     owners = {id(module): layer for layer in layers for module in layer.module.modules()}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if not isinstance(callback, ModelPruning):
+        if not isinstance(callback, pl.ModelPruning):
             continue
         for module, name in callback._parameters_to_prune:
             if id(module) in owners:

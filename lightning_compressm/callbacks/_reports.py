@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
-
+from lightning_compressm.callbacks import _lightning as pl
 from lightning_compressm.callbacks._checkpoint import read_state
 from lightning_compressm.callbacks._run import ReductionRun
 from lightning_compressm.reduction.events import dimension_metrics
@@ -16,7 +14,7 @@ from lightning_compressm.reduction.policy import ReductionPolicy
 __all__ = ["RunReports"]
 
 
-class RunReports(Callback):
+class RunReports(pl.Callback):
     """The part of a callback that others read: history, dimensions, logs and checkpoints."""
 
     policy: ReductionPolicy

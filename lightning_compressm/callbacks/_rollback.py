@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_compressm._rules import AMOUNT, TEXT, one_of, optional
+from lightning_compressm.callbacks import _lightning as pl
 from lightning_compressm.callbacks._averages import averages_of
 from lightning_compressm.callbacks._strategy import carry_out
 from lightning_compressm.errors import CheckpointError, SurgeryError
@@ -195,7 +194,7 @@ class RollbackGuard:
         ]
         reason, self.verdict, self.stopped = self.verdict, "", True
         self.forget(trainer)
-        rank_zero_warn(f"CompreSSMCallback took the last reduction back: {reason}.")
+        pl.rank_zero_warn(f"CompreSSMCallback took the last reduction back: {reason}.")
         return Decision(events=events).at(trainer.global_step, trainer.current_epoch)
 
     def forget(self, trainer: pl.Trainer) -> None:

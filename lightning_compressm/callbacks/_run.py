@@ -9,12 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_compressm.callbacks import _lightning as pl
 from lightning_compressm.callbacks._checkpoint import CallbackState
 from lightning_compressm.callbacks._limits import fitting, is_last_step, total_steps
 from lightning_compressm.callbacks._ranks import decide_together
@@ -25,7 +24,7 @@ from lightning_compressm.callbacks._trial import Batch, LossTrials
 from lightning_compressm.callbacks._watch import TrainingWatch
 from lightning_compressm.callbacks._weights import Fingerprint, fingerprint, trained
 from lightning_compressm.callbacks.schedule import Looks, Schedule
-from lightning_compressm.errors import NonFiniteError
+from lightning_compressm.errors import NonFiniteError, add_note
 from lightning_compressm.model.frozen import ChosenLayers, choose_layers
 from lightning_compressm.model.layers import SSMLayer, select_layers
 from lightning_compressm.reduction.decide import decide
@@ -101,7 +100,7 @@ class ReductionRun:
             return False
         same = self.model() is pl_module and self._left == fingerprint(pl_module)
         if not same and (self.pending is not None or self.guard.keeps):
-            rank_zero_warn(
+            pl.rank_zero_warn(
                 "CompreSSMCallback drops a reduction that was decided, or waited for its verdict, "
                 "in an earlier fit: the model or its weights are others now."
             )
@@ -124,7 +123,7 @@ class ReductionRun:
             pl_module, policy.layers, policy.ignore, policy.averages, trained=trained(trainer)
         )
         if self.chosen.frozen:
-            rank_zero_warn(
+            pl.rank_zero_warn(
                 "CompreSSMCallback leaves frozen layers as they are: "
                 f"{', '.join(map(repr, self.chosen.frozen))}. Name them in `layers` to reduce them."
             )
@@ -141,7 +140,7 @@ class ReductionRun:
         self._first_step = trainer.global_step
         self.speed.attach(trainer)
         if self.looks.too_short:
-            rank_zero_warn("CompreSSMCallback: the run is too short for a reduction.")
+            pl.rank_zero_warn("CompreSSMCallback: the run is too short for a reduction.")
 
     def listen(self) -> None:
         """Watch the layers in the next batch, as long as something is to be learnt of the data."""
@@ -215,7 +214,7 @@ class ReductionRun:
             self.pending = Decision.from_dict(decide_together(trainer.strategy, work))
         except NonFiniteError as error:
             if self._bad_step is not None and (bad := int(self._bad_step)) >= 0:
-                error.add_note(f"the loss was not finite for the first time at step {bad}")
+                add_note(error, f"the loss was not finite for the first time at step {bad}")
             raise
         self.looks.done()
 
@@ -248,7 +247,7 @@ class ReductionRun:
                 self.speed.follow(cuts)
                 decision = decision.took(time.perf_counter() - start)
         except TroubleError as trouble:
-            rank_zero_warn(f"CompreSSMCallback: no reduction, the swap failed: {trouble.reason}")
+            pl.rank_zero_warn(f"CompreSSMCallback: no reduction, the swap failed: {trouble.reason}")
             decision = decision.skipped(f"the swap failed: {trouble.reason}")
         self.pending = None
         self._record(decision)
@@ -271,7 +270,7 @@ class ReductionRun:
         self._refresh_state_dims()
         if self.verbose and decision.events:
             step, table = decision.events[0].step, format_table(decision.events)
-            rank_zero_info(f"CompreSSM after step {step}:\n{table}")
+            pl.rank_zero_info(f"CompreSSM after step {step}:\n{table}")
 
     def state_dict(self) -> dict[str, Any]:
         """Window, history and what was decided and not carried out; plain types and tensors."""

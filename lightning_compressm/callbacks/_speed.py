@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from lightning_compressm.callbacks import _lightning as pl
 from lightning_compressm.model.layers import SSMLayer
 from lightning_compressm.reduction.decision import Decision
 from lightning_compressm.surgery.learning_speed import LearningSpeed, state_parameters
@@ -78,7 +77,7 @@ class SpeedKeeper:
         for kind in self._speed.left_alone():
             if kind not in self._said:
                 self._said.add(kind)
-                rank_zero_info(
+                pl.rank_zero_info(
                     f"CompreSSMCallback leaves the steps of {kind} as they are after a reduction: "
                     "learning_speed is for Adam, AdamW, NAdam, RAdam, Adamax, RMSprop and Adagrad."
                 )

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
-import lightning.pytorch as pl
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
-
+from lightning_compressm.callbacks import _lightning as pl
 from lightning_compressm.callbacks._averages import averages_of
 from lightning_compressm.callbacks._ranks import Ranks
 from lightning_compressm.model.change import change
 from lightning_compressm.surgery.optimizer import OptimizerStatePolicy
 from lightning_compressm.surgery.plan import SurgeryPlan
 
-__all__ = ["carry_out", "is_supported", "refreshes", "swap"]
+__all__ = ["carry_out", "delays_static_graph", "is_supported", "refreshes", "swap"]
 
 Refresh = Callable[[Any, ExitStack], Callable[[], None]]
 """Lets a strategy take up new parameters, and puts what takes that back on the stack first; gives
@@ -26,23 +24,32 @@ what lets go of the old ones, to be called when nothing can fail any more."""
 
 RefreshT = TypeVar("RefreshT", bound=Refresh)
 
-_REFRESH: dict[type[Strategy], Refresh] = {}
+_REFRESH: dict[type[pl.Strategy], Refresh] = {}
+_DELAY = "_pl_static_graph_delay_done"  # whether the wrapper has seen its first backward pass
 _POWER_SGD = ("error_dict", "p_memory_dict", "q_memory_dict", "iter")
 
 
-def refreshes(strategy: type[Strategy]) -> Callable[[RefreshT], RefreshT]:
-    """Decorator: a function that lets this very class of strategies take up new parameters."""
+def refreshes(strategy: type[pl.Strategy]) -> Callable[[RefreshT], RefreshT]:
+    """Decorator: a function that lets this very class of strategies take up new parameters.
+
+    Of a union each one, since Lightning's two packages have classes of their own.
+    """
 
     def register(refresh: RefreshT) -> RefreshT:
-        _REFRESH[strategy] = refresh
+        _REFRESH.update(dict.fromkeys(get_args(strategy) or (strategy,), refresh))
         return refresh
 
     return register
 
 
-def is_supported(strategy: Strategy) -> bool:
+def is_supported(strategy: pl.Strategy) -> bool:
     """Whether models under this strategy can be reduced."""
     return type(strategy) in _REFRESH
+
+
+def delays_static_graph(strategy: pl.Strategy) -> bool:
+    """Whether DDP waits for the first backward pass by hand, as it does from Lightning 2.6 on."""
+    return hasattr(strategy, _DELAY)
 
 
 def swap(
@@ -80,7 +87,7 @@ def swap(
     carry_out(trainer.strategy, work)
 
 
-def carry_out(strategy: Strategy, work: Callable[[ExitStack], None]) -> None:
+def carry_out(strategy: pl.Strategy, work: Callable[[ExitStack], None]) -> None:
     """Change the model's shape on every rank, or on none.
 
     Args:
@@ -103,19 +110,20 @@ def carry_out(strategy: Strategy, work: Callable[[ExitStack], None]) -> None:
     let_go()
 
 
-@refreshes(SingleDeviceStrategy)
-def _nothing(strategy: SingleDeviceStrategy, undo: ExitStack) -> Callable[[], None]:
+@refreshes(pl.SingleDeviceStrategy)
+def _nothing(strategy: pl.SingleDeviceStrategy, undo: ExitStack) -> Callable[[], None]:
     """The model itself is all that there is."""
     return lambda: None
 
 
-@refreshes(DDPStrategy)
-def _rewrap(strategy: DDPStrategy, undo: ExitStack) -> Callable[[], None]:
+@refreshes(pl.DDPStrategy)
+def _rewrap(strategy: pl.DDPStrategy, undo: ExitStack) -> Callable[[], None]:
     """DDP buckets the parameters it saw at construction; give it the new ones."""
     old = strategy.model
     undo.callback(_wrapper_restorer(strategy))
     strategy.model = strategy.lightning_module
-    strategy._pl_static_graph_delay_done = False
+    if delays_static_graph(strategy):
+        setattr(strategy, _DELAY, False)
     _forget_compression(strategy._ddp_comm_state)
     strategy.configure_ddp()
     return lambda: _drop_reducer(old)
@@ -142,15 +150,15 @@ def _forget_compression(state: Any) -> None:
     state.iter = min(state.iter, max(0, state.start_powerSGD_iter - 2))
 
 
-def _wrapper_restorer(strategy: DDPStrategy) -> Callable[[], None]:
-    wrapped, delayed = strategy.model, strategy._pl_static_graph_delay_done
+def _wrapper_restorer(strategy: pl.DDPStrategy) -> Callable[[], None]:
+    wrapped, delay = strategy.model, {k: v for k, v in vars(strategy).items() if k == _DELAY}
     compression: Any = strategy._ddp_comm_state
     kept = {n: getattr(compression, n) for n in _POWER_SGD if hasattr(compression, n)}
     contents = {n: dict(memory) for n, memory in kept.items() if isinstance(memory, dict)}
 
     def restore() -> None:
         strategy.model = wrapped
-        strategy._pl_static_graph_delay_done = delayed
+        vars(strategy).update(delay)
         for name, value in kept.items():
             if name in contents:
                 value.update(contents[name])

@@ -6,17 +6,14 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Collection, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from copy import deepcopy
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
+from lightning_compressm.callbacks import _lightning as pl
 from lightning_compressm.model.layers import find_ssm_layers
 from lightning_compressm.reduction.analysis import Task
 from lightning_compressm.reduction.failures import TroubleError, describe
@@ -120,7 +117,7 @@ class LossTrials:
     def _say(self, why: str) -> None:
         if not self._told:
             self._told = True
-            rank_zero_warn(
+            pl.rank_zero_warn(
                 "CompreSSMCallback can't tell what a reduction costs, since training_step can't be "
                 f"run for a trial: {why}. It goes by tolerance=0.05 instead; give `tolerance`, "
                 "`fraction` or `state_dim` to choose yourself."
@@ -155,7 +152,7 @@ class _Run:
         """Why the loss can't be told; empty if it can."""
         if not self.pl_module.automatic_optimization:
             return "it optimizes by hand"
-        if is_param_in_hook_signature(self.step, "dataloader_iter", explicit=True):
+        if pl.is_param_in_hook_signature(self.step, "dataloader_iter", explicit=True):
             return "it takes a `dataloader_iter`"
         try:
             self.copy = _copy(self.pl_module)
@@ -182,18 +179,18 @@ class _Run:
             with TaskRecorder(layers) as gramians, WeightRecorder(layers) as weights:
                 torch.autograd.backward(self._forward())
         except Exception as error:
-            rank_zero_info(f"CompreSSMCallback: no task-aware cuts ({describe(error)})")
+            pl.rank_zero_info(f"CompreSSMCallback: no task-aware cuts ({describe(error)})")
             return {}
         finally:
             self.copy.zero_grad()
         return {**gramians.gramians, **weights.found}
 
     def _forward(self) -> Tensor:
-        takes_number = is_param_in_hook_signature(self.step, "batch_idx", min_args=2)
+        takes_number = pl.is_param_in_hook_signature(self.step, "batch_idx", min_args=2)
         with (
-            isolate_rng(),
+            pl.isolate_rng(),
             warnings.catch_warnings(),
-            torch.compiler.set_stance("force_eager"),  # else each try would be compiled
+            _force_eager(),
             self.trainer.precision_plugin.train_step_context(),
         ):
             warnings.simplefilter("ignore")
@@ -204,8 +201,19 @@ class _Run:
         return loss
 
 
+<<<<<<< HEAD
 def _shared(own: Mapping[str, Task], processes: Processes) -> dict[str, Task]:
     """What all processes' batches ask, of the layers that all of them ask something of."""
+=======
+def _force_eager() -> AbstractContextManager[Any]:
+    """Each try would be compiled otherwise, as it is below torch 2.6, which knows no stance."""
+    set_stance = getattr(torch.compiler, "set_stance", None)
+    return set_stance("force_eager") if set_stance else nullcontext()
+
+
+def _shared(own: Mapping[str, TaskGramians], processes: Processes) -> dict[str, TaskGramians]:
+    """The Gramians of all processes' batches, of layers that all of them have some of."""
+>>>>>>> wip-17
     names = processes.agree(sorted(own))
     there = {n: float(processes.add_up(torch.tensor(float(n in own)))) for n in names}
     return {n: own[n].summed(processes.add_up) for n in names if there[n] == processes.size}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import lightning.pytorch as pl
 from torch import nn
+
+from lightning_compressm.callbacks import _lightning as pl
 
 __all__ = ["Fingerprint", "fingerprint", "trained"]
 

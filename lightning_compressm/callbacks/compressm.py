@@ -5,10 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, Literal, get_args
 
-import lightning.pytorch as pl
 from torch.optim import Optimizer
 
 from lightning_compressm._rules import COUNT, FLAG, one_of, optional
+from lightning_compressm.callbacks import _lightning as pl
 from lightning_compressm.callbacks._averages import (
     align_averages,
     average_to_current,
@@ -219,6 +219,8 @@ class CompreSSMCallback(RunReports):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go back, or swap what the end of the last epoch committed to."""
+        if pl.goes_on_within_epoch(trainer):
+            return
         self._run.roll_back(trainer, pl_module)
         # A checkpoint written during validation is older than its epoch's look: catch up.
         self._run.after_epoch(trainer, pl_module, trainer.current_epoch - 1)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from lightning_compressm._rules import COUNT
+from lightning_compressm.callbacks import _lightning as pl
 from lightning_compressm.callbacks._checkpoint import read_spectra
 from lightning_compressm.callbacks._ranks import decide_together
 from lightning_compressm.callbacks._watch import TrainingWatch
@@ -22,7 +21,7 @@ from lightning_compressm.reduction.processes import Processes
 __all__ = ["HankelMonitor"]
 
 
-class HankelMonitor(Callback):
+class HankelMonitor(pl.Callback):
     """Log how many states each SSM layer needs, and keep its spectra; changes nothing.
 
     Logs ``hankel/rank/<layer>``: the states whose Hankel singular values hold ``1 - tolerance`` of

@@ -8,9 +8,9 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from lightning_compressm.nn._plain import is_exporting
 from lightning_compressm.nn.selective_scan import selective_scan
 
 __all__ = ["enable_fast_mamba_cpu"]
@@ -73,7 +73,7 @@ def _fast(slow: Callable[..., Any]) -> Callable[..., Any]:
         **options: Any,
     ) -> Any:
         tensors = (hidden_states, dt, A, B, C, D, z, delta_bias, delta_softplus)
-        if hidden_states.device.type != "cpu" or torch.compiler.is_exporting():
+        if hidden_states.device.type != "cpu" or is_exporting():
             return slow(*tensors, return_last_state, **options)
         return selective_scan(*tensors, return_last_state=return_last_state)
 

@@ -57,7 +57,13 @@ class MambaFamily(RatesFamily):
         return _is_mamba(module) and not _norms(module)
 
     def refuse(self, module: nn.Module) -> None:
-        """Refuse blocks that also read the sequence backwards."""
+        """Refuse blocks that also read the sequence backwards, or normalise B and C unseen."""
+        if hasattr(module, "rms_eps") and not _norms(module):
+            raise UnsupportedLayerError(
+                f"{type(module).__name__} normalises B and C by a function that can't be seen from "
+                "outside; expected modules of their own for that, as transformers has them from "
+                "5.16.1 on. Install transformers>=5.16.1, or put it into `ignore`."
+            )
         if any(name in module._parameters for name in _BACKWARD):
             raise UnsupportedLayerError(
                 f"{type(module).__name__} reads the sequence in both directions and has states of "

@@ -87,11 +87,11 @@ def install_resize_hooks(model: nn.Module) -> None:
     """
     if not any(isinstance(h, _ModelHooks) for h in _hooks(model)):
         hooks = _ModelHooks()
-        model.register_load_state_dict_pre_hook(hooks)  # type: ignore[no-untyped-call]
+        model._register_load_state_dict_pre_hook(hooks, with_module=True)  # type: ignore[no-untyped-call]
         model.register_load_state_dict_post_hook(hooks.after)  # type: ignore[no-untyped-call]
     for _, module, _ in named_layers(model):
         if not _resizes_itself(module):
-            module.register_load_state_dict_pre_hook(resize_on_load)  # type: ignore[no-untyped-call]
+            module._register_load_state_dict_pre_hook(resize_on_load, with_module=True)  # type: ignore[no-untyped-call]
 
 
 def lacks_resize_hooks(model: nn.Module) -> list[str]:

@@ -21,6 +21,7 @@ __all__ = [
     "CHUNK",
     "doublings",
     "in_chunks",
+    "is_exporting",
     "out_of_chunks",
     "plain_diagonal",
     "plain_linear_recurrence",
@@ -40,11 +41,16 @@ Pair = tuple[Tensor, Tensor]
 
 def wants_plain_operations() -> bool:
     """Whether what runs now is recorded, or transformed, and not just computed."""
-    return (
-        torch.compiler.is_exporting()
-        or torch._C._is_tracing()
-        or torch._C._are_functorch_transforms_active()
-    )
+    return is_exporting() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active()
+
+
+def is_exporting() -> bool:
+    """Whether ``torch.export`` runs; below torch 2.7 also whether ``torch.compile`` does.
+
+    The two can't be told apart there, and our backward passes can't be kept out of a compiled step.
+    """
+    known = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+    return bool(known())
 
 
 def doublings(count: int) -> int:

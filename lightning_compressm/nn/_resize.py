@@ -32,7 +32,8 @@ class ResizableLayer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_load_state_dict_pre_hook(resize_to_checkpoint)  # type: ignore[no-untyped-call]
+        # Public from torch 2.5 only, where it does the same.
+        self._register_load_state_dict_pre_hook(resize_to_checkpoint, with_module=True)  # type: ignore[no-untyped-call]
 
 
 def resize_to_checkpoint(

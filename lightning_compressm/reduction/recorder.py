@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -13,6 +13,8 @@ from torch.utils.hooks import RemovableHandle
 from lightning_compressm.model.layers import SSMLayer
 
 __all__ = ["Attached", "CallRecorder", "Kept", "Seen", "silent"]
+
+RecorderT = TypeVar("RecorderT", bound="Attached")
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Attached:
         while self.handles:
             self.handles.pop().remove()
 
-    def __enter__(self) -> Self:
+    def __enter__(self: RecorderT) -> RecorderT:
         """The object itself."""
         return self
 

@@ -7,19 +7,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.optim import (
-    LBFGS,
-    SGD,
-    Adafactor,
-    Adagrad,
-    Adam,
-    AdamW,
-    Muon,
-    NAdam,
-    Optimizer,
-    RMSprop,
-    Rprop,
-)
+from torch import optim
+from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop, Rprop
 
 from lightning_compressm import CompreSSMCallback
 
@@ -36,7 +25,7 @@ OPTIMIZERS: dict[str, Any] = {
     "adam amsgrad": lambda p: Adam(p, lr=1e-2, amsgrad=True),
     "rmsprop": lambda p: RMSprop(p, lr=1e-3, centered=True, momentum=0.9),
     "adagrad": lambda p: Adagrad(p, lr=1e-2),
-    "adafactor": lambda p: Adafactor(p, lr=1e-2),
+    "adafactor": lambda p: optim.Adafactor(p, lr=1e-2),
     "lbfgs": lambda p: LBFGS(p, lr=1e-2, max_iter=2),
     "nadam": lambda p: NAdam(p, lr=1e-2),
     "rprop": lambda p: Rprop(p, lr=1e-3),
@@ -64,7 +53,7 @@ class WithMuon(SteppedByHand, Classifier):
     def configure_optimizers(self) -> list[Optimizer]:
         matrices = [p for p in self.parameters() if p.ndim == 2]
         others = [p for p in self.parameters() if p.ndim != 2]
-        return [Muon(matrices, lr=1e-3), AdamW(others, lr=1e-2)]
+        return [optim.Muon(matrices, lr=1e-3), AdamW(others, lr=1e-2)]
 
 
 def make(optimizer: str) -> Classifier:

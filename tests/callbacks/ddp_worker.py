@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch import callbacks
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
@@ -116,7 +117,7 @@ def run(case: str, tmp: Path, *, devices: int) -> dict[str, Any]:
     )
     if option == "budget":
         callback = CompreSSMCallback(loss_budget=0.5, verbose=False)
-    others = [EMAWeightAveraging(decay=0.9)] if option == "ema" else []
+    others = [callbacks.EMAWeightAveraging(decay=0.9)] if option == "ema" else []
     settings = {"strategy": strategy, "devices": devices} if devices > 1 else {}
     trainer(tmp, *others, callback, max_epochs=4, **settings).fit(model, loader(), loader(1))
     comm: Any = strategy._ddp_comm_state

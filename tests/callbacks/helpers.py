@@ -151,8 +151,10 @@ class Plain(Classifier):
         self.net.first = MambaBlock(4, 16).double()
 
 
-def trainer(tmp: Path | str, *callbacks: pl.Callback, **kwargs: Any) -> pl.Trainer:
-    """A quiet CPU Trainer; keyword arguments override."""
+def trainer(
+    tmp: Path | str, *callbacks: pl.Callback, package: Any = pl, **kwargs: Any
+) -> pl.Trainer:
+    """A quiet CPU Trainer of one of Lightning's packages; keyword arguments override."""
     quiet()
     settings: dict[str, Any] = {
         "default_root_dir": tmp,
@@ -166,7 +168,7 @@ def trainer(tmp: Path | str, *callbacks: pl.Callback, **kwargs: Any) -> pl.Train
         "enable_model_summary": False,
         "use_distributed_sampler": False,
     }
-    return pl.Trainer(**(settings | kwargs))
+    return package.Trainer(**(settings | kwargs))
 
 
 def same(a: Any, b: Any) -> bool:
@@ -181,6 +183,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def quiet() -> None:
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*no logger configured.*")

@@ -9,7 +9,6 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
-    EMAWeightAveraging,
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
@@ -18,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from lightning_compressm import CompreSSMCallback
 
+from ..features import needs_ema
 from .helpers import BATCHES, Classifier, Plain, StatefulLoader, loader, same, trainer
 
 pytestmark = [
@@ -40,6 +40,11 @@ class Validated(pl.Callback):
             self.losses.append(float(trainer.callback_metrics["val_loss"]))
 
 
+def ema() -> pl.Callback:
+    made: pl.Callback = pl.callbacks.EMAWeightAveraging(decay=0.9)
+    return made
+
+
 def run(
     tmp: Path, *callbacks: Any, model: Any = None, ckpt_path: Path | None = None
 ) -> tuple[Any, list[float]]:
@@ -50,41 +55,44 @@ def run(
     return model, seen.losses
 
 
+@needs_ema
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize("module", [Classifier, Plain], ids=["LRU", "Mamba"])
 def test_ema_goes_through_a_reduction(tmp_path: Path, first: bool, module: Any) -> None:
     """Whichever callback comes first; its validation follows that of the run without a cut."""
-    ema, cut = EMAWeightAveraging(decay=0.9), CompreSSMCallback(**CUT)
-    callbacks = [ema, cut] if first else [cut, ema]
+    average, cut = ema(), CompreSSMCallback(**CUT)
+    callbacks = [average, cut] if first else [cut, average]
     model, losses = run(tmp_path, *callbacks, model=module())
-    _, plain = run(tmp_path, EMAWeightAveraging(decay=0.9), model=module())
+    _, plain = run(tmp_path, ema(), model=module())
     assert [e["action"] for e in cut.history] == ["reduce"] * 2
-    average = ema._average_model.module
-    assert average.net.second.d_state == model.net.second.d_state == 6
+    mirror = average._average_model.module
+    assert mirror.net.second.d_state == model.net.second.d_state == 6
     # Training ends with the averaged weights.
-    assert same(model.state_dict(), average.state_dict())
+    assert same(model.state_dict(), mirror.state_dict())
     assert losses[:2] == plain[:2]
     assert losses == pytest.approx(plain, rel=0.05)
 
 
+@needs_ema
 def test_ema_through_a_reduction_and_a_resume(tmp_path: Path) -> None:
     """From a checkpoint with the plan pending and from a reduced one, in both orders: bitwise."""
     keep = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     cut = CompreSSMCallback(**CUT)
-    whole, losses = run(tmp_path, EMAWeightAveraging(decay=0.9), cut, keep)
+    whole, losses = run(tmp_path, ema(), cut, keep)
     for epoch in (1, 2, 3):
         for first in (True, False):
-            ema, again = EMAWeightAveraging(decay=0.9), CompreSSMCallback(**CUT)
-            callbacks = [ema, again] if first else [again, ema]
+            average, again = ema(), CompreSSMCallback(**CUT)
+            callbacks = [average, again] if first else [again, average]
             path = tmp_path / f"epoch={epoch}.ckpt"
             model, later = run(tmp_path / "again", *callbacks, ckpt_path=path)
             assert same(model.state_dict(), whole.state_dict()), (epoch, first)
             assert later == losses[epoch + 1 :]
 
 
+@needs_ema
 def test_checkpoints_hold_the_average_and_validate_alike(tmp_path: Path) -> None:
     keep = ModelCheckpoint(tmp_path, "{epoch}", monitor="val_loss", save_top_k=-1)
-    _, losses = run(tmp_path, EMAWeightAveraging(decay=0.9), CompreSSMCallback(**CUT), keep)
+    _, losses = run(tmp_path, ema(), CompreSSMCallback(**CUT), keep)
     for epoch, loss in enumerate(losses):
         path = tmp_path / f"epoch={epoch}.ckpt"
         found = trainer(tmp_path, CompreSSMCallback(**CUT)).validate(
@@ -93,10 +101,14 @@ def test_checkpoints_hold_the_average_and_validate_alike(tmp_path: Path) -> None
         assert found[0]["val_loss"] == pytest.approx(loss, rel=1e-9)
 
 
+@needs_ema
 def test_ema_added_when_a_reduced_run_is_resumed(tmp_path: Path) -> None:
     keep = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     run(tmp_path, CompreSSMCallback(**CUT), keep)
-    for callback in (EMAWeightAveraging(decay=0.9), StochasticWeightAveraging(1e-3, 4)):
+    for callback in (
+        ema(),
+        StochasticWeightAveraging(1e-3, 4),
+    ):
         model, losses = run(
             tmp_path / "again",
             callback,

@@ -13,11 +13,12 @@ import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
-from torch.optim import LBFGS, SGD, Adafactor, AdamW, Muon
+from torch.optim import LBFGS, SGD, AdamW
 from torch.optim.lr_scheduler import LambdaLR, MultiplicativeLR, OneCycleLR, StepLR
 
 from lightning_compressm import CompreSSMCallback
 
+from ..features import needs
 from .checkpointing import EPOCHS, Run
 from .helpers import BATCHES, Classifier, StatefulLoader, SteppedByHand, loader, same, trainer
 
@@ -246,7 +247,11 @@ class OwnAdamW(AdamW):
     ("name", "make"),
     [
         ("SGD", lambda: TwoRates(make=lambda groups: SGD(groups, momentum=0.9))),
-        ("Adafactor", lambda: TwoRates(make=Adafactor)),
+        pytest.param(
+            "Adafactor",
+            lambda: TwoRates(make=torch.optim.Adafactor),
+            marks=needs(torch.optim, "Adafactor"),
+        ),
         ("LBFGS", lambda: OneGroup(make=lambda p: LBFGS(p, lr=RATE, max_iter=2))),
         ("OwnAdamW", lambda: TwoRates(make=OwnAdamW)),
     ],
@@ -266,6 +271,7 @@ def test_other_optimizers_are_left_alone_and_it_is_said_once(
     assert same(runs[0].after, runs[1].after)
 
 
+@needs(torch.optim, "Muon")
 def test_rates_that_count_something_else_are_no_limit_to_go_up_to(tmp_path: Path):
     """Muon's rate is that of a whole matrix: four times of it says nothing about an entry."""
 
@@ -274,7 +280,7 @@ def test_rates_that_count_something_else_are_no_limit_to_go_up_to(tmp_path: Path
             states, others = self.groups()
             matrices = [p for p in others if p.ndim == 2]
             rest = [p for p in others if p.ndim != 2]
-            return [AdamW([*states, *rest], lr=RATE / 4), Muon(matrices, lr=RATE)]
+            return [AdamW([*states, *rest], lr=RATE / 4), torch.optim.Muon(matrices, lr=RATE)]
 
     values = {}
     for speed in (True, False):

@@ -44,6 +44,17 @@ def test_weights_must_find_their_way_back_to_the_main_process(method: str, tmp_p
         CompreSSMCallback().setup(fit, model, "fit")
 
 
+def test_ranks_that_would_drift_apart_are_refused(tmp_path: Path) -> None:
+    """Below 2.6 Lightning itself leaves them with different weights."""
+    strategy = DDPStrategy(process_group_backend="gloo", static_graph=True)
+    vars(strategy).pop("_pl_static_graph_delay_done", None)
+    fit, model = trainer(tmp_path, strategy=strategy, devices=2), Model()
+    CompreSSMCallback().setup(fit, model, "fit")
+    model.automatic_optimization = False
+    with pytest.raises(errors.UnsupportedStrategyError, match=r"static_graph.*Lightning 2\.6"):
+        CompreSSMCallback().setup(fit, model, "fit")
+
+
 def test_pruning_is_fine_where_the_ssm_layers_have_nothing_to_prune(tmp_path: Path) -> None:
     """An LRU has neither `weight` nor `bias`, which is what is pruned if no list is given."""
     model = Classifier(dtype="float32")

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_compressm import CompreSSMCallback, load_compressed
 
+from ..features import from_lightning
 from ..processes import run_one
 from .helpers import BATCHES, Classifier, StatefulLoader, loader, same, trainer
 from .resume_worker import SETTINGS
@@ -81,6 +82,7 @@ def test_resume_is_bitwise_equal(
     assert strip == [{**e, "seconds": 0} for e in uninterrupted.callback.history]
 
 
+@from_lightning("2.5", "Lightning 2.4 resumes within an accumulation in a wrong place")
 def test_a_resumed_accumulation_is_no_optimizer_step(tmp_path: Path) -> None:
     # The checkpoint's step is one of the schedule's: it was looked at before it was written.
     runs = []
@@ -156,3 +158,33 @@ def test_checkpoint_is_plain_data(uninterrupted: Uninterrupted) -> None:
     (state,) = (v for k, v in data["callbacks"].items() if k.startswith("CompreSSMCallback"))
     assert state["window"] == [0, 18]
     assert state["pending"]["plan"]["attributes"]["net.first.d_state"] < 24
+
+
+class Worse(Classifier):
+    """Its score gets worse with every validation."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("score", float(self.trainer.global_step))
+
+
+@pytest.mark.filterwarnings("ignore:CompreSSMCallback took the last reduction back")
+def test_a_verdict_waits_for_the_next_step_after_a_resume_within_an_epoch(tmp_path: Path) -> None:
+    """No epoch begins there, though Lightning 2.4 says so."""
+    runs = []
+    for name in ("whole", "resumed"):
+        callback = CompreSSMCallback(
+            state_dim=6, window=(7, 8), every_n_steps=4, monitor="score", verbose=False
+        )
+        saver = ModelCheckpoint(tmp_path / name, "{step}", monitor="score", save_top_k=-1)
+        fit = trainer(
+            tmp_path, callback, saver, max_epochs=2, val_check_interval=3, enable_checkpointing=True
+        )
+        model = Worse()
+        path = tmp_path / "whole/step=9.ckpt" if name == "resumed" else None
+        fit.fit(model, StatefulLoader(), loader(1), ckpt_path=path)
+        runs.append((model, callback))
+    (whole, one), (resumed, other) = runs
+    events = [(e["action"], e["step"]) for e in one.history]
+    assert events == [("reduce", 8)] * 2 + [("rollback", 10)] * 2
+    assert [(e["action"], e["step"]) for e in other.history] == events
+    assert resumed.losses == whole.losses[9:]

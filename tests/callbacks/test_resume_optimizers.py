@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ..features import optimizers
 from .checkpointing import EPOCHS, OPTIMIZERS, Run, make
 from .helpers import BATCHES
 
@@ -20,7 +21,7 @@ POINTS = {
 }
 
 
-@pytest.fixture(scope="module", params=[*OPTIMIZERS, "muon"])
+@pytest.fixture(scope="module", params=optimizers([*OPTIMIZERS, "muon"]))
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     torch.manual_seed(0)
     return Run(tmp_path_factory.mktemp("run"), make(request.param))

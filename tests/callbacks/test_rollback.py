@@ -9,12 +9,13 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_compressm import CompreSSMCallback
 from lightning_compressm.errors import CheckpointError
 
+from ..features import needs_ema
 from .helpers import BATCHES, Classifier, StatefulLoader, loader, same, trainer
 
 pytestmark = [
@@ -166,10 +167,11 @@ def test_reductions_between_two_validations_go_back_together(tmp_path: Path) -> 
     assert model.net.first.d_state == 24
 
 
+@needs_ema
 def test_the_last_validation_counts_too(tmp_path: Path) -> None:
     model = Judged([1.0, 2.0])
     callback = CompreSSMCallback(state_dim=2, window=(0.0, 0.5), monitor="score", verbose=False)
-    ema = EMAWeightAveraging(decay=0.5)
+    ema = pl.callbacks.EMAWeightAveraging(decay=0.5)
     before = Record()
     fit = trainer(tmp_path, ema, before, callback, max_epochs=2)
     fit.fit(model, loader(), loader(1))

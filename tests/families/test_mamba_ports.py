@@ -203,3 +203,13 @@ def test_blocks_that_read_backwards_as_well_are_refused():
     one_way = vim.VMamba(vim.MambaConfig(16, 1, bidirectional=False))
     reduce(one_way, x)
     assert torch.isfinite(one_way(x)).all()
+
+
+def test_blocks_that_normalise_by_a_function_are_refused():
+    """transformers below 5.16: B and C are normalised where nobody can see it."""
+
+    class FalconMambaMixer(MinimalBlock):
+        rms_eps = 1e-6
+
+    with pytest.raises(UnsupportedLayerError, match=r"FalconMambaMixer.*transformers>=5\.16\.1"):
+        compress(FalconMambaMixer(8, 8), state_dim=3, sample=torch.randn(2, 12, 8))

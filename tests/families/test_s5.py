@@ -26,7 +26,8 @@ METHODS = ["zoh", "bilinear"]
 
 @pytest.fixture
 def s5() -> Any:
-    with warnings.catch_warnings(action="ignore"):  # it uses torch.jit.script
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it uses torch.jit.script
         return pytest.importorskip("s5.s5_model")
 
 

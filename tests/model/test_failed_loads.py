@@ -18,6 +18,7 @@ from lightning_compressm.model.resizing import install_resize_hooks
 from lightning_compressm.nn import LRU, S5
 from lightning_compressm.nn._mamba import MambaBlock
 from tests.families.layers import PortedLRU
+from tests.features import needs_crc32_options
 
 
 def _net(first: int = 10, second: int = 10) -> nn.Sequential:
@@ -231,6 +232,7 @@ def test_any_state_dict_loads_exactly_or_leaves_the_model(
         torch.testing.assert_close(value, wanted, rtol=0, atol=0, equal_nan=True)
 
 
+@needs_crc32_options
 @pytest.mark.parametrize("sums", [True, False])
 def test_files_without_check_sums_are_read(sums: bool, tmp_path: Path):
     source, before = _net(4, 5), torch.serialization.get_crc32_options()

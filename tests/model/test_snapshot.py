@@ -18,6 +18,7 @@ from lightning_compressm.model.change import change
 from lightning_compressm.model.snapshot import Snapshot
 from lightning_compressm.nn import LRU
 from tests.deciding import decided
+from tests.features import optimizers
 
 OPTIMIZERS: dict[str, Any] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
@@ -58,7 +59,7 @@ def train(model: nn.Module, optimizer: Any, steps: int, seed: int) -> None:
         optimizer.step(closure)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", optimizers(OPTIMIZERS))
 def test_training_after_going_back_is_bitwise_that_of_before(name: str, tmp_path: Any) -> None:
     model = Net()
     optimizer = OPTIMIZERS[name](model.parameters())

@@ -24,6 +24,7 @@ from lightning_compressm.surgery.optimizer import (
     rebind_optimizers,
 )
 from tests.families.layers import PortedLRU
+from tests.features import optimizers
 from tests.surgery.models import KEEP, Case, LRUCase, SelectCase
 
 Make = Callable[[Any], Optimizer]
@@ -61,7 +62,7 @@ ONE_GROUP = {"LBFGS"}
 CASES = {"lru": LRUCase, "select": SelectCase}
 POLICIES = ["transport", "truncate", "reset"]
 
-every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+every_optimizer = pytest.mark.parametrize("name", optimizers(OPTIMIZERS))
 every_policy = pytest.mark.parametrize("policy", POLICIES)
 every_case = pytest.mark.parametrize("make_case", CASES.values(), ids=CASES)
 
@@ -221,7 +222,7 @@ def test_optimizer_checkpoints_still_work(name: str, policy: Any):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "LBFGS"])
+@pytest.mark.parametrize("name", optimizers(n for n in OPTIMIZERS if n != "LBFGS"))
 def test_selected_moments_are_exact(name: str):
     case, optimizer = _trained(name, SelectCase)
     before = {

@@ -12,7 +12,6 @@ import torch
 from lightning.pytorch.callbacks import (
     Callback,
     EarlyStopping,
-    EMAWeightAveraging,
     GradientAccumulationScheduler,
     LearningRateMonitor,
     ModelCheckpoint,
@@ -221,10 +220,11 @@ def callbacks_around(cell: Cell, model: Task, out: Path) -> list[Callback]:
         "LearningRateMonitor": [LearningRateMonitor(logging_interval="step")],
         "TQDMProgressBar, ModelSummary": [TQDMProgressBar(), ModelSummary(max_depth=3)],
         "RichProgressBar, RichModelSummary": [RichProgressBar(), RichModelSummary(max_depth=3)],
-        "EMAWeightAveraging": [EMAWeightAveraging(decay=0.9)],
         "StochasticWeightAveraging": [StochasticWeightAveraging(5e-3, swa_epoch_start=1)],
     }
     found = rows.get(around, [])
+    if around == "EMAWeightAveraging":  # from Lightning 2.6
+        found = [pl.callbacks.EMAWeightAveraging(decay=0.9)]
     if around == "ModelPruning of other layers":
         pairs = [(model.net.encoder, "weight"), (model.net.decoder, "weight")]
         # With true precisions other than float32 Lightning's copies of the first weights don't fit.
