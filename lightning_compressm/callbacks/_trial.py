@@ -201,19 +201,14 @@ class _Run:
         return loss
 
 
-<<<<<<< HEAD
-def _shared(own: Mapping[str, Task], processes: Processes) -> dict[str, Task]:
-    """What all processes' batches ask, of the layers that all of them ask something of."""
-=======
 def _force_eager() -> AbstractContextManager[Any]:
     """Each try would be compiled otherwise, as it is below torch 2.6, which knows no stance."""
     set_stance = getattr(torch.compiler, "set_stance", None)
     return set_stance("force_eager") if set_stance else nullcontext()
 
 
-def _shared(own: Mapping[str, TaskGramians], processes: Processes) -> dict[str, TaskGramians]:
-    """The Gramians of all processes' batches, of layers that all of them have some of."""
->>>>>>> wip-17
+def _shared(own: Mapping[str, Task], processes: Processes) -> dict[str, Task]:
+    """What all processes' batches ask, of the layers that all of them ask something of."""
     names = processes.agree(sorted(own))
     there = {n: float(processes.add_up(torch.tensor(float(n in own)))) for n in names}
     return {n: own[n].summed(processes.add_up) for n in names if there[n] == processes.size}
