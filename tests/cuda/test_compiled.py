@@ -1,4 +1,4 @@
-"""A compiled model through a cut. A file of its own: to compile takes as long as all other tests."""
+"""A compiled model through a cut; a file of its own, since compiling takes so long."""
 
 from __future__ import annotations
 

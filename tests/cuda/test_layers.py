@@ -48,9 +48,7 @@ def test_outputs_and_gradients(
     layer = LAYERS[name]().to(dtype)
     inputs = torch.randn(3, length, width_of(layer), dtype=dtype)
     expected = step(copy.deepcopy(layer).double(), inputs.double())
-    for actual, reference in zip(
-        step(layer.to(device), inputs.to(device)), expected, strict=True
-    ):
+    for actual, reference in zip(step(layer.to(device), inputs.to(device)), expected, strict=True):
         assert actual.dtype == dtype
         assert relative_error(actual.cpu(), reference) < PRECISIONS[dtype]
 
@@ -92,9 +90,7 @@ def test_spectra_and_cuts(device: torch.device, name: str) -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9, fused=True)
         model(batch).square().mean().backward()
         optimizer.step()
-        compress(
-            model, state_dim=kept, sample=batch, max_output_error=None, optimizers=[optimizer]
-        )
+        compress(model, state_dim=kept, sample=batch, max_output_error=None, optimizers=[optimizer])
         optimizer.zero_grad()
         model(batch).square().mean().backward()
         optimizer.step()
