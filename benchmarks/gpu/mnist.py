@@ -15,7 +15,7 @@ from benchmarks.mnist.arms import ARMS, PUBLISHED
 
 NAMES = ("full", "tau1", "tau2", "tau4", "bare")
 REHEARSED = ("full", "bare")
-REHEARSED_STEPS = 20
+REHEARSED_STEPS = 10
 # What is left at the end for the tests of the weights, seconds.
 RESERVE = 12.0
 HEADER = (

@@ -22,7 +22,7 @@ class DualCase:
 
 @dataclass(frozen=True)
 class LookCase:
-    """One layer, looked at and cut; `on_cpu`: there as well, where it takes no more than seconds."""
+    """One layer, looked at and cut; `on_cpu`: there as well, where that takes seconds at most."""
 
     layer: str
     width: int

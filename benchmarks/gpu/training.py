@@ -106,8 +106,9 @@ def train(name: str, place: Place, rates: Any, index: int, barrier: Any, found: 
 def _train(arm: Arm, place: Place, rates: Any, index: int, barrier: Any, found: Any) -> None:
     _quiet()
     barrier.wait(60)
-    clock = Clock(place, PROBE // 3)
-    fit(arm, place, PROBE if place.steps is None else place.steps, [clock])
+    probe = min(PROBE, place.steps or PROBE)
+    clock = Clock(place, max(1, probe // 3))
+    fit(arm, place, probe, [clock])
     rates[index] = statistics.median(seconds for _, _, seconds in clock.readings[-2:])
     barrier.wait(60)
     steps = place.steps or affordable(max(rates), place.deadline - time.time())
