@@ -33,7 +33,7 @@ WORKERS ?= 2
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 ARGS ?=
 
-.PHONY: help install demo speed test test-all lint format docs table clean distclean
+.PHONY: help install demo speed test test-all gpu lint format docs table clean distclean
 
 help:  ## Show the targets
 	@echo "make TARGET [PYTHON=/path/to/python] [ARGS=\"more arguments\"]"
@@ -58,6 +58,9 @@ test: $(READY)  ## Unit tests and doctests (CI=true: the slow ones as well)
 
 test-all: $(READY)  ## All tests, the slow ones included
 	$(PY) $(PYTEST) $(ARGS)
+
+gpu: $(READY)  ## What a machine with a CUDA device has to show (ARGS=--dry-run on a CPU)
+	$(PY) -m benchmarks.gpu $(ARGS)
 
 lint: $(READY)  ## Check format, lint and types
 	$(PY) -m ruff format --check .

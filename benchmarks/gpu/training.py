@@ -23,6 +23,7 @@ from benchmarks.models.classification import ClassifierModule, evaluate_classes
 from lightning_compressm import find_ssm_layers
 
 CHUNK = 100  # steps between two readings of the clock
+STARTED = 90  # seconds in which all processes have to be there
 PROBE = 60  # steps that are timed before the length of the run is settled
 FEWEST = 200
 # Of the time that is left after the probe; the rest is for the tests of the weights.
@@ -105,12 +106,12 @@ def train(name: str, place: Place, rates: Any, index: int, barrier: Any, found: 
 
 def _train(arm: Arm, place: Place, rates: Any, index: int, barrier: Any, found: Any) -> None:
     _quiet()
-    barrier.wait(60)
+    barrier.wait(STARTED)
     probe = min(PROBE, place.steps or PROBE)
     clock = Clock(place, max(1, probe // 3))
     fit(arm, place, probe, [clock])
     rates[index] = statistics.median(seconds for _, _, seconds in clock.readings[-2:])
-    barrier.wait(60)
+    barrier.wait(STARTED)
     steps = place.steps or affordable(max(rates), place.deadline - time.time())
 
     def note(readings: list[tuple[int, int, float]]) -> None:

@@ -38,7 +38,7 @@ def _compose(  # type: ignore[no-untyped-def]
 # neighbouring states to neighbouring lanes; where each part has a load of its own, 3.6 gives them
 # neighbouring steps, far apart in memory. Pairs are known to be aligned, and no more is, as `count`
 # may be odd: so a lane has just one state.
-@triton.jit(do_not_specialize=["count"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["length", "count"])  # type: ignore[untyped-decorator]
 def _scan_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # (M, L, N, 2): inputs, overwritten by states
     powers_ptr,  # (STEPS, N, 2): lambda ** (1, ..., STEPS)
