@@ -41,7 +41,7 @@ CORE := $(filter-out tests/callbacks tests/benchmarks,$(patsubst %/,%,$(wildcard
 	tests/test_compressor.py tests/test_precision.py tests/test_regularizer.py tests/test_rules.py
 
 .PHONY: help install demo speed test test-all test-oldest test-oldest-full lint format docs table
-.PHONY: dist clean distclean
+.PHONY: gpu dist clean distclean
 
 help:  ## Show the targets
 	@echo "make TARGET [PYTHON=/path/to/python] [ARGS=\"more arguments\"]"
@@ -87,6 +87,9 @@ test-oldest-full: $(OLD_FULL)/.installed  ## Core tests with torch 2.4.1, numpy 
 
 dist:  ## Build sdist and wheel into dist/; try the wheel with and without Lightning
 	.ci/dist $(firstword $(PYTHON) python3)
+
+gpu: $(READY)  ## What a machine with a CUDA device has to show (ARGS=--dry-run on a CPU)
+	$(PY) -m benchmarks.gpu $(ARGS)
 
 lint: $(READY)  ## Check format, lint and types
 	$(PY) -m ruff format --check .

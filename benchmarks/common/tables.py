@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -33,6 +34,8 @@ def rich_table(
         words: So many columns, the first ones, hold words; the others are aligned as numbers.
         style: Further arguments of `rich.table.Table`.
     """
+    from rich.table import Table
+
     table = Table(**style)
     for place, name in enumerate(header):
         table.add_column(name, justify="left" if place < words else "right")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-from rich.table import Table
+from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks.common.tables import rich_table
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Format = Literal["times", "percent"]
 

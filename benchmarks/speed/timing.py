@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from threadpoolctl import threadpool_limits
 
 # Calls its argument so many times, and returns the seconds of one call.
 Measure = Callable[[int], float]
@@ -89,6 +88,8 @@ def interleave(
 @contextlib.contextmanager
 def limited(threads: int) -> Iterator[None]:
     """Use so many threads and no more cores than that, here and in processes started inside."""
+    from threadpoolctl import threadpool_limits
+
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

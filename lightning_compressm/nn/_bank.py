@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_compressm.nn._adjoint import conjugating_sign
 from lightning_compressm.nn._autocast import full_precision
 from lightning_compressm.nn._once import once_differentiable
 from lightning_compressm.nn._plain import (
@@ -141,7 +142,7 @@ class _BankProduct(torch.autograd.Function):
             dy = _to_rows(grad, within.shape[1])
             # Row k: the adjoint of the state after chunk k. Its conjugate obeys the recurrence
             # with `power` itself; conjugating is a sign on every second weight.
-            sign = out.new_tensor((1.0, -1.0)).repeat(out.shape[1] // 2).unsqueeze(-1)
+            sign = conjugating_sign(out, out.shape[1]).unsqueeze(-1)
             adjoint = torch.zeros_like(states)
             torch.bmm(dy[:, batch:], (out * sign).mT, out=adjoint[:, :-batch])
             _scan_(adjoint, power, batch, reverse=True)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_compressm.nn._adjoint import conjugating_sign
 from lightning_compressm.nn._autocast import full_precision
 from lightning_compressm.nn._forms import form_for
 from lightning_compressm.nn._once import once_differentiable
@@ -118,7 +119,7 @@ class _ChunkedProduct(torch.autograd.Function):
         with full_precision(grad.device):
             flat, dy = rows.reshape(-1, wide), grad.reshape(-1, wide)
             # The conjugate h of the adjoint obeys the recurrence with `power` itself.
-            sign = out.new_tensor((1.0, -1.0)).repeat(out.shape[1] // 2)
+            sign = conjugating_sign(out, out.shape[1])
             adjoint = _ends(dy, out * sign, batch, count)
             form_for(powers.device, powers.dtype).scan_(_as_complex(adjoint), powers, reverse=True)
             h = adjoint.flatten(0, 1)

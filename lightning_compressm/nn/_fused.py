@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_compressm.nn._adjoint import conjugating_sign
 from lightning_compressm.nn._autocast import full_precision
 from lightning_compressm.nn._chunked import best_chunk, chunked_diagonal
 from lightning_compressm.nn._forms import form_for
@@ -154,7 +155,7 @@ def _backward(
     grad, inputs = grad.contiguous(), inputs.contiguous()
     # The conjugate h of the adjoint obeys the recurrence with lambda itself; conjugating is a
     # sign on every second column of the weights.
-    sign = inputs.new_tensor((1.0, -1.0)).repeat(pairs // 2)
+    sign = conjugating_sign(inputs, pairs)
     conjugate_out, conjugate_in = output_weight * sign, input_weight * sign
     grad_in, grad_out = torch.zeros_like(input_weight), torch.zeros_like(output_weight)
     grad_eigenvalues = torch.zeros_like(powers[0])

@@ -33,7 +33,12 @@ def _compose(  # type: ignore[no-untyped-def]
     )
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+# Numbers are loaded as they lie, real and imaginary part side by side, and taken apart in
+# registers. Rows of a tile are contiguous then, which tells every version of Triton to give
+# neighbouring states to neighbouring lanes; where each part has a load of its own, 3.6 gives them
+# neighbouring steps, far apart in memory. Pairs are known to be aligned, and no more is, as `count`
+# may be odd: so a lane has just one state.
+@triton.jit(do_not_specialize=["length", "count"])  # type: ignore[untyped-decorator]
 def _scan_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # (M, L, N, 2): inputs, overwritten by states
     powers_ptr,  # (STEPS, N, 2): lambda ** (1, ..., STEPS)
@@ -48,12 +53,14 @@ def _scan_kernel(  # type: ignore[no-untyped-def]
 ):
     # Offsets of more than 2^31 elements are common.
     row = tl.program_id(0).to(tl.int64)
-    state = tl.program_id(1) * STATES + tl.arange(0, STATES)
+    number = tl.program_id(1) * 2 * STATES + tl.arange(0, 2 * STATES)
     step = tl.arange(0, STEPS)
-    known = (state < count)[None, :]
-    table = powers_ptr + (step[:, None] * count + state[None, :]) * 2
-    power_re = tl.load(table, mask=known, other=0.0)
-    power_im = tl.load(table + 1, mask=known, other=0.0)
+    known = (number < 2 * count)[None, :]
+    SIZE: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth // 8
+    table = powers_ptr + step[:, None] * (2 * count) + number[None, :]
+    table = tl.multiple_of(table, (SIZE, 2 * SIZE))
+    powers = tl.load(table, mask=known, other=0.0)
+    power_re, power_im = tl.split(tl.reshape(powers, (STEPS, STATES, 2)))
     # A combination always multiplies by the first power; sums pick single rows of a tile.
     first, last = (step == 0)[:, None], (step == STEPS - 1)[:, None]
     a_re = tl.broadcast_to(tl.sum(tl.where(first, power_re, 0.0), 0)[None, :], (STEPS, STATES))
@@ -64,9 +71,10 @@ def _scan_kernel(  # type: ignore[no-untyped-def]
         done = start + step
         time = length - 1 - done if REVERSE else done
         mask = (done < length)[:, None] & known
-        offset = ((row * length + time)[:, None] * count + state[None, :]) * 2
-        u_re = tl.load(x_ptr + offset, mask=mask, other=0.0)
-        u_im = tl.load(x_ptr + offset + 1, mask=mask, other=0.0)
+        offset = (row * length + time)[:, None] * (2 * count) + number[None, :]
+        place = tl.multiple_of(x_ptr + offset, (SIZE, 2 * SIZE))
+        u = tl.load(place, mask=mask, other=0.0)
+        u_re, u_im = tl.split(tl.reshape(u, (STEPS, STATES, 2)))
         _, _, x_re, x_im = tl.associative_scan((a_re, a_im, u_re, u_im), 0, _compose)
         # The state before the tile comes in by powers that were rounded once.
         x_re += power_re * carry_re[None, :] - power_im * carry_im[None, :]
@@ -75,18 +83,19 @@ def _scan_kernel(  # type: ignore[no-untyped-def]
         carry_im = tl.sum(tl.where(last, x_im, 0.0), 0)
         if PRODUCT:
             earlier = mask & (time > 0)[:, None]
-            y_re = tl.load(other_ptr + offset - 2 * count, mask=earlier, other=0.0)
-            y_im = tl.load(other_ptr + offset - 2 * count + 1, mask=earlier, other=0.0)
+            before = tl.multiple_of(other_ptr + offset - 2 * count, (SIZE, 2 * SIZE))
+            y = tl.load(before, mask=earlier, other=0.0)
+            y_re, y_im = tl.split(tl.reshape(y, (STEPS, STATES, 2)))
             sum_re += tl.sum(x_re * y_re - x_im * y_im, 0)
             sum_im += tl.sum(x_re * y_im + x_im * y_re, 0)
         # No lane may overwrite what another has yet to read.
         tl.debug_barrier()
-        tl.store(x_ptr + offset, x_re, mask=mask)
-        tl.store(x_ptr + offset + 1, x_im, mask=mask)
+        x = tl.reshape(tl.join(x_re, x_im), (STEPS, 2 * STATES))
+        tl.store(place, x, mask=mask)
     if PRODUCT:
-        place = (row * count + state) * 2
-        tl.store(product_ptr + place, sum_re, mask=state < count)
-        tl.store(product_ptr + place + 1, sum_im, mask=state < count)
+        total = tl.reshape(tl.join(sum_re, sum_im), (2 * STATES,))
+        place = tl.multiple_of(product_ptr + row * (2 * count) + number, 2 * SIZE)
+        tl.store(place, total, mask=number < 2 * count)
 
 
 def powers_of(eigenvalues: Tensor, length: int, dtype: torch.dtype) -> Tensor:

@@ -243,7 +243,7 @@ def test_the_missing_extension_explains_itself(mamba: SimpleNamespace):
         extension.fwd  # noqa: B018
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 @pytest.mark.parametrize("kind", ["Mamba", "Mamba2"])
 def test_cuda_tensors_go_to_the_kernels_and_agree(mamba: SimpleNamespace, kind: str):
     extension = importlib.import_module("selective_scan_cuda")

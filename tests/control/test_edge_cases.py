@@ -279,7 +279,7 @@ def test_device_that_fails_hands_over_to_the_cpu():
     assert torch.equal(result, hankel_singular_values(system))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 @balances
 @pytest.mark.parametrize("horizon", [None, 12])
 @pytest.mark.parametrize("ports", [1, 3])

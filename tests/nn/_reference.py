@@ -7,6 +7,20 @@ from torch import Tensor
 
 from lightning_compressm.nn import LRU
 
+TOLERANCE = {torch.complex64: 3e-5, torch.complex128: 1e-11}
+
+
+def problem(
+    shape: tuple[int, ...], dtype: torch.dtype = torch.complex128, radius: float = 0.99
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random eigenvalues, inputs and initial state that all want gradients."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    radii, phases = torch.rand(2, shape[-1], generator=generator, dtype=torch.float64)
+    eigenvalues = torch.polar(radius * radii.sqrt(), 6.28 * phases).to(dtype)
+    inputs = torch.randn(shape, dtype=dtype, generator=generator)
+    start = torch.randn(*shape[:-2], shape[-1], dtype=dtype, generator=generator)
+    return eigenvalues.requires_grad_(), inputs.requires_grad_(), start.requires_grad_()
+
 
 def naive_recurrence(
     eigenvalues: Tensor, inputs: Tensor, initial_state: Tensor | None = None

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from lightning_compressm.nn import LRU, _forms, linear_recurrence
+from tests.nn._reference import TOLERANCE, problem
 from tests.nn.test_forms import run
-from tests.nn.test_scan import TOLERANCE, assert_same, problem
+from tests.nn.test_scan import assert_same
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lightning_compressm.nn import LRU, S5, _forms, _log_depth, linear_recurrence
-from tests.nn._reference import naive_recurrence, relative_error
-from tests.nn.test_scan import LENGTHS, TOLERANCE, assert_same, problem
+from tests.nn._reference import TOLERANCE, naive_recurrence, problem, relative_error
+from tests.nn.test_scan import LENGTHS, assert_same
 
 KERNEL = "lightning_compressm.nn._triton"
 CUDA, SINGLE = torch.device("cuda:0"), torch.complex64
@@ -192,22 +192,3 @@ def test_layers_compute_the_same_in_log_depth(
     expected = run(layer, length)
     monkeypatch.setattr(_forms, "TWO_LEVEL", _forms.LOG_DEPTH)
     torch.testing.assert_close(run(layer, length), expected)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("form", ["chosen", "log-depth"])
-@pytest.mark.parametrize("length", [1, 100, 1025])
-def test_cuda_gives_the_cpus_result(form: str, length: int, monkeypatch: pytest.MonkeyPatch):
-    arguments = problem((3, length, 37), SINGLE)
-    there = [a.detach().cuda().requires_grad_() for a in arguments]
-    if form == "log-depth":
-        monkeypatch.setattr(_forms, "_kernel", lambda device: None)
-    elif importlib.util.find_spec("triton") and torch.cuda.get_device_capability() >= (8, 0):
-        assert _forms.form_for(there[0].device, SINGLE).name == "triton"
-    states, expected = linear_recurrence(*there), linear_recurrence(*arguments)
-    assert relative_error(states.cpu(), expected) < 3e-5
-    weight = torch.randn_like(expected)
-    gradients = torch.autograd.grad(states, there, weight.cuda())
-    references = torch.autograd.grad(expected, arguments, weight)
-    for gradient, reference in zip(gradients, references, strict=True):
-        assert relative_error(gradient.cpu(), reference) < 3e-5

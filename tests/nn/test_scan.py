@@ -9,22 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_compressm.nn import _row_blocks, _two_level, linear_recurrence
-from tests.nn._reference import naive_recurrence, relative_error
+from tests.nn._reference import TOLERANCE, naive_recurrence, problem, relative_error
 
 LENGTHS = (1, 2, 3, 7, 16, 17, 63, 64, 100, 787)
-TOLERANCE = {torch.complex64: 3e-5, torch.complex128: 1e-11}
-
-
-def problem(
-    shape: tuple[int, ...], dtype: torch.dtype = torch.complex128, radius: float = 0.99
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Random eigenvalues, inputs and initial state that all want gradients."""
-    generator = torch.Generator().manual_seed(sum(shape))
-    radii, phases = torch.rand(2, shape[-1], generator=generator, dtype=torch.float64)
-    eigenvalues = torch.polar(radius * radii.sqrt(), 6.28 * phases).to(dtype)
-    inputs = torch.randn(shape, dtype=dtype, generator=generator)
-    start = torch.randn(*shape[:-2], shape[-1], dtype=dtype, generator=generator)
-    return eigenvalues.requires_grad_(), inputs.requires_grad_(), start.requires_grad_()
 
 
 def assert_same(arguments: tuple[Tensor, ...], tolerance: float) -> None:
