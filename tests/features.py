@@ -24,6 +24,11 @@ def from_lightning(version: str, reason: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(Version(pl.__version__) < Version(version), reason=reason)
 
 
+def from_torch(version: str, reason: str) -> pytest.MarkDecorator:
+    """Skips a test of what an older torch does in another way."""
+    return pytest.mark.skipif(Version(torch.__version__) < Version(version), reason=reason)
+
+
 def needs(owner: ModuleType, name: str) -> pytest.MarkDecorator:
     """Skips a test where a module has no such name."""
     return pytest.mark.skipif(

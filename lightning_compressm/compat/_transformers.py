@@ -48,8 +48,8 @@ def enable_fast_mamba_cpu() -> None:
     without = [module.__name__ for module in modules if not hasattr(module, _SCAN)]
     if without:
         raise ImportError(
-            f"expected a function {_SCAN} in {', '.join(without)}, as in transformers 5.23, and "
-            "found none; install transformers>=5.23, or do without enable_fast_mamba_cpu()"
+            f"expected a function {_SCAN} in {', '.join(without)}, as in transformers 5.16, and "
+            "found none; install transformers>=5.16.1, or do without enable_fast_mamba_cpu()"
         )
     for module in modules:
         slow = getattr(module, _SCAN)

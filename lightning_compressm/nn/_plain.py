@@ -45,9 +45,9 @@ def wants_plain_operations() -> bool:
 
 
 def is_exporting() -> bool:
-    """Whether ``torch.export`` runs; below torch 2.7 also whether ``torch.compile`` does.
+    """Whether ``torch.export`` runs; below torch 2.13 also whether ``torch.compile`` does.
 
-    The two can't be told apart there, and our backward passes can't be kept out of a compiled step.
+    The two can't be told apart there: the function came with 2.7, and Dynamo takes it for true.
     """
     known = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
     return bool(known())

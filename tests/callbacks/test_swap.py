@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -61,11 +62,15 @@ def test_the_old_wrapper_goes_without_the_collector(strategy: str, tmp_path: Pat
 
 def test_times_include_the_swap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from lightning_compressm.callbacks import _run
+    from lightning_compressm.reduction import decide
 
-    clock = iter(range(1000))
-    monkeypatch.setattr(_run.time, "perf_counter", lambda: float(next(clock)))
+    ticks = iter(range(1000))
+    clock = SimpleNamespace(perf_counter=lambda: float(next(ticks)))
+    for module in (_run, decide):  # not Lightning's own
+        monkeypatch.setattr(module, "time", clock)
     callback = CompreSSMCallback(state_dim=4, window=(0, BATCHES), verbose=False)
     trainer(tmp_path, callback, max_epochs=2).fit(Classifier(), loader())
     seconds = [event["seconds"] for event in callback.history]
-    # For each layer a tick of the clock for its look, one for its cut, and half of the swap.
-    assert seconds == [2.5, 2.5]
+    # For each layer a tick of the clock for its look, one for its cut, half of the five between
+    # them, and half of the swap.
+    assert seconds == [5.0, 5.0]

@@ -117,7 +117,7 @@ def test_generation_with_a_cache_is_generation_without(name: str):
         output = model(tokens(), use_cache=True)
     cache = output["cache_params"] if "cache_params" in output else output["past_key_values"]
     for layer in find_ssm_layers(model).values():
-        state = cache.get_recurrent_state(layer.module.layer_idx, state_idx=0)
+        state = cache.layers[layer.module.layer_idx].recurrent_states[0]
         assert state.shape[-1] == 3
     assert torch.equal(generated(model), generated(model, use_cache=False))
 

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from lightning_compressm import compress
 from lightning_compressm.nn import LRU, S4D, S5, linear_recurrence, selective_scan
 from lightning_compressm.nn._plain import plain_linear_recurrence, plain_scan
-from tests.features import needs
+from tests.features import from_torch, needs
 from tests.nn._reference import relative_error
 
 from_torch_2_7 = needs(torch.compiler, "is_exporting")
@@ -129,7 +129,7 @@ def test_under_autocast(kind: type[nn.Module]):
     assert_equal(exported(x), layer(x))
 
 
-@from_torch_2_7
+@from_torch("2.13", "an open batch is not taken for one")
 @pytest.mark.slow
 def test_the_recurrence_is_exported():
     dynamic = (None, {0: BATCH, 1: LENGTH}, {0: BATCH})
@@ -139,7 +139,7 @@ def test_the_recurrence_is_exported():
         assert_equal(exported(*arguments), Recurrence()(*arguments))
 
 
-@from_torch_2_7
+@from_torch("2.13", "an open batch is not taken for one")
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["in time", "grouped", "constant"])
 def test_the_selective_scan_is_exported(kind: str):
@@ -270,7 +270,7 @@ def test_eigenvalues_at_zero_and_outside_the_circle(radius: float):
     assert relative_error(torch.complex(*open_ended).movedim(0, 1), found) < 1e-5
 
 
-@from_torch_2_7
+@from_torch("2.13", "Dynamo takes every compiler for an export")
 @pytest.mark.parametrize("kind", [LRU, S5])
 def test_what_is_just_computed_takes_the_fast_form(
     kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch
