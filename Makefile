@@ -55,7 +55,7 @@ help:  ## Show the targets
 
 install: $(READY)  ## Make .venv with everything that tests, docs and demo need
 
-demo: $(READY)  ## Train the digits classifier full, compressed and small; print the table
+demo: $(READY)  ## Train on delayed recall and digits: full, compressed and small; print the table
 	$(PY) -m benchmarks.demo $(ARGS)
 
 speed: $(READY)  ## Measure all figures about speed and memory (ARGS="--suite quick" for a look)
