@@ -102,4 +102,5 @@ def _task(report: Report, task: CompareTask) -> str:
         for arm in report.arms
     ]
     rows = [row(label, runs) for label, runs in found if runs]
-    return f"### {task.title}\n\n{markdown_table(HEADER, rows)}"
+    picture = f"![{task.title}]({report.pictures}-{task.name}.png)\n\n" if report.pictures else ""
+    return f"### {task.title}\n\n{picture}{markdown_table(HEADER, rows)}"

@@ -64,7 +64,7 @@ def test_size_and_time(page: str) -> None:
     for task, (_, largest, to_full, to_small, share) in found.items():
         assert largest[0] <= 0.5, task
         assert to_full[0] <= 0.85, task
-        assert to_small[0] <= 1.15, task
+        assert to_small[0] <= 1.25, task  # up to 40% of the steps are at larger sizes
         assert share[0] < 8, task
     assert mean(cells[0][0] for cells in found.values()) <= 0.25
 
