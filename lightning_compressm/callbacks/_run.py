@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_compressm.callbacks import _lightning as pl
 from lightning_compressm.callbacks._checkpoint import CallbackState
 from lightning_compressm.callbacks._limits import fitting, is_last_step, total_steps
+from lightning_compressm.callbacks._losses import LossWatch
 from lightning_compressm.callbacks._ranks import decide_together
 from lightning_compressm.callbacks._rollback import RollbackGuard
 from lightning_compressm.callbacks._speed import SpeedKeeper
@@ -89,7 +88,7 @@ class ReductionRun:
         self.state_dims: dict[str, int] = {}
         self._left: Fingerprint = ()  # the model as the latest fit left it
         self._first_step = 0
-        self._bad_step: Tensor | None = None  # the first one with a loss that was not finite
+        self._losses = LossWatch()
 
     def goes_on(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         """Whether a new fit goes on with this run: the same Trainer's, on weights as it left them.
@@ -165,7 +164,8 @@ class ReductionRun:
         self._note_loss(outputs, step)
         if not self.looks.advance(step):  # gradients are still being accumulated
             return
-        self.roll_back(trainer, pl_module)
+        if self.guard.verdict:
+            self.roll_back(trainer, pl_module)
         if not self.looks.due_after_step() or not self.guard.allows_reduction:
             return
         if trainer.is_last_batch and self.looks.due_after_epoch(trainer.current_epoch):
@@ -213,26 +213,18 @@ class ReductionRun:
         try:
             self.pending = Decision.from_dict(decide_together(trainer.strategy, work))
         except NonFiniteError as error:
-            if self._bad_step is not None and (bad := int(self._bad_step)) >= 0:
+            if (bad := self._losses.first_bad_step()) is not None:
                 add_note(error, f"the loss was not finite for the first time at step {bad}")
             raise
         self.looks.done()
 
     def _note_loss(self, outputs: Any, step: int) -> None:
-        """Without waiting for a device: there the value is read only where a look fails."""
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if not isinstance(loss, Tensor):
-            return
-        single = loss.numel() == 1
-        if single and self.policy.loss_budget is not None:
-            self.trials.note(loss)
-        if single and loss.is_cpu:
-            if self._bad_step is None and not math.isfinite(loss.item()):
-                self._bad_step = torch.tensor(step)
-            return
-        first = loss.new_tensor(-1, dtype=torch.int64) if self._bad_step is None else self._bad_step
-        bad = (first < 0) & ~torch.isfinite(loss.detach()).all()
-        self._bad_step = torch.where(bad, step, first)
+        told = type(outputs) is dict or isinstance(outputs, Mapping)  # the second takes longer
+        loss = outputs.get("loss") if told else outputs
+        if isinstance(loss, Tensor):
+            self._losses.note(loss, step)
+            if self.policy.loss_budget is not None and loss.numel() == 1:
+                self.trials.note(loss)
 
     def execute(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Carry out what was decided, if anything was."""

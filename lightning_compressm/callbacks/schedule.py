@@ -144,7 +144,7 @@ class Schedule:
             step: optimizer steps after it; one more, or several with several optimizers.
             looks: how many looks there have been.
         """
-        if any(before < planned <= step for planned in window.looks):
+        if window.looks and any(before < planned <= step for planned in window.looks):
             return True
         n = self.every_n_steps
         if n and step // n > before // n and window.contains(step):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_compressm import CompreSSMCallback, HankelMonitor, compress, load_compressed
+from lightning_compressm.callbacks._losses import LossWatch
 from lightning_compressm.errors import CalibrationError, NonFiniteError
 from lightning_compressm.nn import LRU
 from lightning_compressm.nn._mamba import MambaBlock
@@ -328,3 +329,12 @@ def test_an_empty_run_is_no_error(tmp_path: Path):
     callback = CompreSSMCallback(verbose=False)
     trainer(tmp_path, callback, limit_train_batches=0).fit(Classifier(), loader())
     assert callback.history == []
+
+
+def test_the_first_bad_step_is_found_wherever_it_lies() -> None:
+    for bad in (1, 64, 65, 100, 130):
+        watch = LossWatch()
+        for step in range(1, 131):
+            watch.note(torch.full((2,) * (step % 3), float("inf" if step >= bad else 1)), step)
+        assert watch.first_bad_step() == bad
+    assert LossWatch().first_bad_step() is None
