@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from lightning_compressm._precision import double
 from lightning_compressm.families import SelectiveFamily
 from lightning_compressm.model.layers import SSMLayer
 from lightning_compressm.reduction.recorder import Attached, silent
@@ -49,8 +49,8 @@ class OutputWeights:
             add_up: adds a tensor up over processes.
         """
         sums = [
-            torch.stack([size.double().square().sum(), size.new_tensor(size.numel()).double()])
-            for size in self.sizes
+            torch.stack([size.square().sum(), size.new_tensor(size.numel())])
+            for size in map(double, self.sizes)
         ]
         total, count = add_up(torch.stack(sums).sum(0)).tolist()
         scale = (1 - OTHERS) * count / total if total > 0 else 0.0
@@ -91,9 +91,7 @@ class WeightRecorder(Attached):
 
     def watch(self, name: str, inputs: Tensor, output: Tensor) -> None:
         """Take note of the gradient when it arrives at an output."""
-        hook = partial(self._arrived, name, inputs.detach())
-        handle: RemovableHandle = output.register_hook(hook)  # type: ignore[no-untyped-call]
-        self.handles.append(handle)
+        self.await_gradient(output, partial(self._arrived, name, inputs.detach()))
 
     def _arrived(self, name: str, inputs: Tensor, gradient: Tensor) -> None:
         self._calls[name].append((inputs, gradient.detach().float().norm(dim=-1)))

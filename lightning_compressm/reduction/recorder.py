@@ -84,6 +84,11 @@ class Attached:
     def __init__(self) -> None:
         self.handles: list[RemovableHandle] = []
 
+    def await_gradient(self, output: Tensor, hook: Callable[[Tensor], None]) -> None:
+        """Call the hook when the gradient of an output is there, as long as this is attached."""
+        handle: RemovableHandle = output.register_hook(hook)  # type: ignore[no-untyped-call]
+        self.handles.append(handle)
+
     def close(self) -> None:
         """Remove all hooks; safe to call at any time."""
         while self.handles:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from lightning_compressm._rules import COUNT
 from lightning_compressm.control import DiagonalLTI
@@ -99,11 +98,6 @@ class TaskRecorder(Attached):
         """Count what one call of a layer gave."""
         self._sums[name] = self._sums[name] + gramians if name in self._sums else gramians
 
-    def watch(self, output: Tensor, hook: Callable[[Tensor], None]) -> None:
-        """Call the hook when the gradient of an output is there, as long as this is attached."""
-        handle: RemovableHandle = output.register_hook(hook)  # type: ignore[no-untyped-call]
-        self.handles.append(handle)
-
     def _system_of(self, name: str, layer: SSMLayer) -> DiagonalLTI | None:
         if not isinstance(layer.family, Family):
             self.unavailable[name] = "it is selective"
@@ -148,7 +142,7 @@ class _Listener:
         elif call is not None and call[1].requires_grad:
             inputs, response = call
             hook = partial(self._arrived, Kept(inputs, copy=False))
-            self.recorder.watch(response, hook)
+            self.recorder.await_gradient(response, hook)
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
         return silent, ()
