@@ -27,11 +27,13 @@ class ModalForm:
         system: Reduced system, complex128.
         basis: The maps between its r states and the N old ones.
         kept: Indices of the balanced states that it spans.
+        energy: Share of the Hankel energy that it keeps, if these don't tell.
     """
 
     system: DiagonalLTI
     basis: ChangeOfBasis
     kept: Tensor
+    energy: Tensor | None = None
 
     def conjugated(self, states: Tensor) -> ModalForm:
         """Conjugate the states in a mask (r,); real outputs stay as they are."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from lightning_compressm._rules import one_of
 from lightning_compressm.control._modal import ModalForm, complex_modes, real_modes
 from lightning_compressm.control.gramians import gramians, real_gramians
 from lightning_compressm.control.system import DiagonalLTI
+
+if TYPE_CHECKING:
+    from lightning_compressm.control.hankel import Balancing
 
 __all__ = [
     "BALANCES",
@@ -24,7 +27,7 @@ __all__ = [
     "resolve_balance",
 ]
 
-Balance = Literal["real", "folded", "complex"]
+Balance = Literal["real", "folded", "complex", "modes"]
 """The forms that the package brings."""
 
 BalanceChoice = Literal["auto", Balance]
@@ -39,6 +42,8 @@ class BalanceForm(ABC):
     Attributes:
         name: What users write as ``balance``.
         states_each: Number of balanced states that make up one complex state.
+        balances: Whether it truncates balanced states. Then twice the sum of the discarded values
+            bounds the error, and there is a choice among them.
         real_output: Whether the form takes real inputs and outputs. Then it makes no difference
             which states are stored conjugated, and reduced ones get ``Im(lambda) >= 0``.
 
@@ -49,6 +54,7 @@ class BalanceForm(ABC):
 
     name: ClassVar[str]
     states_each: ClassVar[int] = 1
+    balances: ClassVar[bool] = True
     real_output: ClassVar[bool] = True
 
     def check(self, system: DiagonalLTI) -> None:
@@ -82,6 +88,11 @@ class BalanceForm(ABC):
             f"expected a balance that can be made from data, got {self.name!r}; use 'real', "
             "'folded' or 'complex', or give your form an `of_moments`"
         )
+
+    def reduced(self, balancing: Balancing, kept: Tensor, order: int) -> ModalForm:
+        """Truncate one balanced system to the states ``kept``, in diagonal form."""
+        t_l, t_r = balancing.projections(kept)
+        return self.modes(balancing.system, t_l, t_r, kept, order).canonical()
 
     @abstractmethod
     def modes(

@@ -160,11 +160,12 @@ def hankel_singular_values(
         balance: "real": of the real system with 2N states, independent of which states are stored
             conjugated; "folded": of the complex system after conjugating every state into the
             upper half-plane; "complex": of the complex system as it is (Algorithm 1 of CompreSSM,
-            arXiv 2510.02823), which changes when a state is stored conjugated.
+            arXiv 2510.02823), which changes when a state is stored conjugated; "modes": as "real"
+            (reductions keep states as they are).
         horizon: Number of steps of a time-limited Gramian; None for an infinite one.
 
     Returns:
-        float64 on the system's device, shape ``(..., 2N)`` for "real", otherwise ``(..., N)``. On
+        float64 on the system's device, shape ``(..., 2N)`` for "real" and "modes", else ``(..., N)``. On
         a device without float64 (MPS) the values are computed, and stay, on the CPU.
 
     Raises:

@@ -39,7 +39,8 @@ class Reduction:
         basis: The maps between the N original states and those of ``system``, complex128.
         sigma: All Hankel singular values, ``(..., 2N)`` for "real", else ``(..., N)``, float64.
         bound: Upper bound ``2 * sum(discarded sigma)`` of the H-infinity error, shape ``(...)``;
-            None where no theorem holds (time-limited, from data, or not the largest states kept).
+            None where no theorem holds (time-limited, from data, not the largest states kept, or
+            "modes").
         energy_kept: Share of the sum of sigma that was kept, shape ``(...)``, in [0, 1].
         horizon: As used: None also where the infinite-horizon reduction, being better and stable,
             replaced the time-limited one of every system.
@@ -92,7 +93,7 @@ def balanced_truncation(
     Args:
         system: Stable system(s) with N states; leading dimensions are independent systems.
         order: Number of states to keep, 1 to N.
-        balance: "real", "folded" or "complex", as in
+        balance: "real", "folded", "complex" or "modes", as in
             :func:`~lightning_compressm.control.hankel_singular_values`. "real" keeps up to
             ``2 * order`` states of the real form, fewer where real poles take a state each.
         horizon: Number of steps of time-limited Gramians; None for infinite ones.
@@ -149,6 +150,11 @@ def truncate(
         As :func:`balanced_truncation`.
     """
     one_of(*get_args(Selection)).check("selection", selection)
+    if selection != "largest" and not factors.form.balances:
+        raise ValueError(
+            f"expected selection='largest' for balance={factors.form.name!r}, which does not choose "
+            f"among balanced states, got {selection!r}"
+        )
     order = _check_order(order, factors.system.order)
     job = _Job(order, factors.form, factors.horizon, selection, generator, factors.source)
     return _truncate(factors, job)
@@ -223,7 +229,7 @@ def _reduce(balancing: Balancing, job: _Job) -> tuple[ModalForm, bool]:
     if len(kept) == 0:
         form, clamped = no_states(system, kept, job.order), False
     else:
-        modes = _modes(balancing, kept, job.order).canonical()
+        modes = _modes(balancing, kept, job.order)
         form, clamped = stabilised(modes, system, promised=job.exact or job.source == "stable")
         missing = job.order - form.system.order
         form = form.joined(spare_states(system, missing)) if missing else form
@@ -232,8 +238,7 @@ def _reduce(balancing: Balancing, job: _Job) -> tuple[ModalForm, bool]:
 
 def _modes(balancing: Balancing, kept: Tensor, order: int) -> ModalForm:
     """Truncate one balanced system to the states ``kept`` and diagonalise it again."""
-    t_l, t_r = balancing.projections(kept)
-    form = balancing.form.modes(balancing.system, t_l, t_r, kept, order)
+    form = balancing.form.reduced(balancing, kept, order)
     s, basis = form.system, form.basis
     parts = (s.eigenvalues, s.B, s.C, basis.left, basis.left_conj, basis.right)
     if not all(bool(torch.isfinite(part).all()) for part in parts):
@@ -285,7 +290,9 @@ def _assemble(forms: Sequence[ModalForm], sigma: Tensor, job: _Job, batch: torch
     kept, lost = (sigma * mask).sum(-1), (sigma * ~mask).sum(-1)
     total = kept + lost
     energy = torch.where(total > 0, kept / total, 1.0)
-    certain = job.exact and job.selection == "largest"
+    for row, form in enumerate(forms):
+        energy[row] = energy[row] if form.energy is None else form.energy
+    certain = job.exact and job.selection == "largest" and job.form.balances
     return Reduction(
         system=DiagonalLTI.stack([form.system for form in forms]).each(unflattened),
         basis=ChangeOfBasis.stack([form.basis for form in forms]).each(unflattened),

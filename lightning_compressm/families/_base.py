@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from lightning_compressm._tensors import refuse_parametrized
 from lightning_compressm.control import DiagonalLTI, Projection, Reduction
+from lightning_compressm.control.balance import Balance, BalanceChoice, resolve_balance
+from lightning_compressm.errors import UnsupportedLayerError
 from lightning_compressm.surgery.plan import MomentRule, Refill, SurgeryPlan, TensorEdit, take
 
 __all__ = ["Family", "FamilyBase"]
@@ -151,8 +153,8 @@ class Family(FamilyBase):
         state_dim_attributes: integer attributes that follow the state dimension where a layer has
             them and they equal the old one.
         length_dim: which dimension of the layer's input is time.
-        trains_real_poles: whether training can make a layer's real poles complex again; then it is
-            balanced in the real form, also while training goes on.
+        only_balance: the one form in which layers can be written, also while training goes on;
+            None for any.
 
     Example:
         >>> import torch
@@ -162,7 +164,31 @@ class Family(FamilyBase):
         'LRU'
     """
 
-    trains_real_poles: ClassVar[bool] = False
+    only_balance: ClassVar[Balance | None] = None
+
+    def balance_for(
+        self, asked: BalanceChoice, system: DiagonalLTI, *, trained_on: bool = False
+    ) -> Balance:
+        """The form that a layer's system is reduced in.
+
+        Args:
+            asked: by the user.
+            system: the layer's.
+            trained_on: whether the layer is trained further.
+
+        Raises:
+            UnsupportedLayerError: if another form than the only possible one is asked for.
+        """
+        only = self.only_balance
+        if only is None:
+            return resolve_balance(asked, system, trained_on=trained_on)
+        if asked not in ("auto", only):
+            raise UnsupportedLayerError(
+                f"{self.name}: expected balance={only!r} or 'auto', the only form in which this "
+                f"layer can be written, got balance={asked!r}; choose one of these, or put it into "
+                "`ignore`."
+            )
+        return only
 
     @abstractmethod
     def system(self, module: nn.Module) -> DiagonalLTI:

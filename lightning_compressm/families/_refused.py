@@ -7,10 +7,6 @@ from torch import nn
 __all__ = ["refusal_reason"]
 
 _REASONS = {
-    "lrnnx.models.lti.s5.S5": (
-        "keeps a real B for complex states, but balanced states have a complex one, which no "
-        "change of basis makes real for more than one input"
-    ),
     "mamba_ssm.modules.mamba3.Mamba3": (
         "rotates pairs of its states by angles that depend on the input (a complex recurrence), so "
         "states can't be dropped one by one"

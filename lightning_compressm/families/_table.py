@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_compressm.families._base import FamilyBase
+from lightning_compressm.families._base import Family, FamilyBase
 from lightning_compressm.families._registry import registered_families
 from lightning_compressm.families._selective import SelectiveFamily
 
@@ -26,6 +26,9 @@ def support_table() -> str:
 def _row(family: FamilyBase) -> tuple[str, ...]:
     layers = family.layers or "your own"
     if not isinstance(family, SelectiveFamily):
+        assert isinstance(family, Family)
+        if family.only_balance == "modes":
+            return family.name, layers, "whole states", "least squares on C, in closed form", "none"
         return family.name, layers, "balanced states", "balanced truncation", "2 sum(sigma)"
     refit = {
         "readout": "least squares on C, in closed form",

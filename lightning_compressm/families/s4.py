@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compressm.control import DiagonalLTI, Reduction, balanced_truncation
+from lightning_compressm.control.balance import Balance
 from lightning_compressm.families._base import tensor_of
 from lightning_compressm.families._continuous import to_continuous
 from lightning_compressm.families._dense import diagonal_form
@@ -41,7 +42,8 @@ class S4Family(S4KernelFamily):
     A kernel is read as its dense systems, which are diagonalised; with real poles these can need
     more states than N. Reduced systems are written with a low-rank part again, since that takes
     any poles: B and P are then real and positive, and real parts of A are those of half the slowest
-    pole. The length that C was prepared for stays. An average of the weights is reduced on its own:
+    pole. One half of each pair says nothing of systems whose real poles are close, so that only the
+    real form is balanced. The length that C was prepared for stays. An average of the weights is reduced on its own:
     this form leaves nothing open, so that it ends in the same coordinates.
 
     Example:
@@ -55,7 +57,7 @@ class S4Family(S4KernelFamily):
         'state-spaces/s4 `S4Block(mode="dplr")`, and the `S4` of its older files'
     )
     low_rank: ClassVar[bool] = True
-    trains_real_poles: ClassVar[bool] = True
+    only_balance: ClassVar[Balance | None] = "real"
 
     def discretization(self, module: nn.Module) -> str:
         """Always the bilinear transform, with one step for each channel."""
@@ -100,14 +102,7 @@ class S4Family(S4KernelFamily):
         }
 
     def reduction_plan(self, module: nn.Module, reduction: Reduction) -> SurgeryPlan:
-        """As every family's; but an average needs to know no more than how to reduce.
-
-        Raises:
-            UnsupportedLayerError: if it is not the real form that was balanced: one half of each
-                pair says nothing of systems whose real poles are close.
-        """
-        if reduction.balance != "real":
-            raise refusal("balance='real' or 'auto'", f"balance={reduction.balance!r}")
+        """As every family's; but an average needs to know no more than how to reduce."""
         plan = super().reduction_plan(module, reduction)
         how = {
             "order": reduction.order,

@@ -9,7 +9,6 @@ import torch
 
 from lightning_compressm._precision import back_to
 from lightning_compressm.control import Reduction, per_state_energy
-from lightning_compressm.control.balance import resolve_balance
 from lightning_compressm.control.hankel import Factors, factorise
 from lightning_compressm.control.task_aware import TaskForm, TaskGramians, factorise_task
 from lightning_compressm.control.truncation import truncate
@@ -125,8 +124,7 @@ def analyse_linear(
     system = family.system(layer.module)
     horizon = _resolve_horizon(policy.horizon, seen.lengths.get(layer.name))
     system.check(horizon=horizon)
-    folds = policy.trained_on and not family.trains_real_poles
-    balance = resolve_balance(policy.balance, system, trained_on=folds)
+    balance = family.balance_for(policy.balance, system, trained_on=policy.trained_on)
     with numerics():
         factors = factorise(system, balance, horizon)
         if not spectrum_only and (policy.state_dim or 0) < system.order:

@@ -78,7 +78,7 @@ class ReductionPolicy:
         averages: glob patterns of layers that hold averages of others, and follow them.
         balance: see :func:`lightning_compressm.control.balanced_truncation`; ``"auto"`` is
             ``"real"``, the balancing of the real system that the layer computes, or ``"folded"``
-            if the model is ``trained_on``.
+            if the model is ``trained_on``. ``"modes"`` keeps states as they are and refits C.
         horizon: steps of a time-limited Gramian, ``None`` for infinite, ``"auto"`` for the length
             of the sequences that the layer was seen to process (infinite if it was not seen).
         selection: ``"largest"`` keeps the states of largest Hankel singular value; the other two

@@ -142,8 +142,7 @@ def truncate(family: Family, layer: nn.Module, order: int) -> Reduction:
 @torch.no_grad()
 def _truncation(family: Family, layer: nn.Module, order: int) -> tuple[Reduction, SurgeryPlan]:
     system = family.system(layer)
-    balance = "real" if system.real_output else "complex"
-    reduction = balanced_truncation(system, order, balance=balance)  # type: ignore[arg-type]
+    reduction = balanced_truncation(system, order, balance=family.balance_for("auto", system))
     return reduction, family.reduction_plan(layer, reduction)
 
 
