@@ -11,8 +11,7 @@ from benchmarks.arms._base import Arm
 from benchmarks.arms.published import Published
 from benchmarks.compare.bench import Bench, TimedCompreSSM
 from benchmarks.train.trainer import AfterEveryStep
-
-LAST_LOOK = 0.4
+from lightning_compressm.callbacks.schedule import BY_LOSS
 
 
 class Bare(Arm):
@@ -38,7 +37,7 @@ class _AfterLastLook(AfterEveryStep):
         self.bench, self.arm = bench, arm
 
     def after_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.global_step > LAST_LOOK * trainer.max_steps:
+        if trainer.global_step > BY_LOSS[1] * trainer.max_steps:
             self.bench.hand_on(self.arm, module)
 
 

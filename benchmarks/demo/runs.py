@@ -17,10 +17,9 @@ from benchmarks.models.classification import evaluate_classes
 from benchmarks.train.interleave import TimedTurns, Turns, run_together
 from benchmarks.train.trainer import TASKS, TaskName, build, make_trainer
 from lightning_compressm import CompreSSMCallback, find_ssm_layers, hankel_spectra
+from lightning_compressm.callbacks.schedule import BY_LOSS
 
 STATE_DIM = 128
-# The callback's last look, after which the small arm knows the final dimension.
-WINDOW_END = 0.4
 # So many times during a training its accuracy is measured, which counts in no time.
 READINGS = 20
 ARMS = ("full", "compressed", "small")
@@ -103,7 +102,7 @@ class Watcher(TimedTurns):
         # The callback before this one has just carried out what it decided at the epoch's end.
         self.watch.stop()
         self._look(trainer, pl_module)
-        if trainer.global_step >= WINDOW_END * trainer.max_steps:
+        if trainer.global_step >= BY_LOSS[1] * trainer.max_steps:
             self._settle()
         self.watch.start()
 

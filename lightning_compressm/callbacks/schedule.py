@@ -36,6 +36,12 @@ class Window:
         return self.start <= step <= self.end
 
 
+# The last look at a quarter: later ones save less than they cost, and cuts at 30% and 40% of the
+# run ended no more accurate (docs/defaults.md).
+BY_LOSS = (0.1, 0.25)
+BY_ENERGY = (0.0, 0.1)  # as published
+
+
 @dataclass(frozen=True)
 class Schedule:
     """The user's wishes, not yet tied to a run.

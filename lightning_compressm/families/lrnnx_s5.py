@@ -100,9 +100,7 @@ class LrnnxS5Family(Family):
         edits = {}
         for name, dim in self.state_axes(module).items():
             tensor = tensor_of(module, name).detach()
-            edits[name] = TensorEdit(
-                take(tensor, dim, index.to(tensor.device)), Select(dim, index)
-            )
+            edits[name] = TensorEdit(take(tensor, dim, index.to(tensor.device)), Select(dim, index))
         if len(index) < self.state_dim(module):
             refitted = torch.view_as_real(C.resolve_conj()).to(edits["C"].value)
             edits["C"] = TensorEdit(refitted, edits["C"].moments)

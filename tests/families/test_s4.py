@@ -490,16 +490,9 @@ def test_real_kernels_are_refused_by_name():
 @pytest.mark.parametrize("balance", ["folded", "complex"])
 def test_low_rank_kernels_are_balanced_in_the_real_form_only(balance: str):
     kernel = _kernel({"rank": 1})
-    with pytest.raises(UnsupportedLayerError, match=r"balance=.real. or .auto., got"):
+    with pytest.raises(UnsupportedLayerError, match=r"S4: expected balance=.real. or .auto."):
         compress(kernel, state_dim=2, balance=balance)
     assert kernel.N == 6
-
-
-def test_lrnnx_s5_is_refused_by_name():
-    """Its B is real."""
-    foreign = type("S5", (nn.Linear,), {"__module__": "lrnnx.models.lti.s5"})
-    with pytest.raises(UnsupportedLayerError, match="S5 keeps a real B for complex states"):
-        compress(nn.Sequential(foreign(2, 2)), state_dim=1)
 
 
 def _put(name: str, value: Tensor) -> Any:
