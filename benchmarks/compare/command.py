@@ -12,9 +12,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.common.command import make_console, parse, write_numbers
+from benchmarks.common.pages import part, read_part, with_part
 from benchmarks.compare.comparison import Comparison, Settings
-from benchmarks.compare.page import Report
+from benchmarks.compare.methods_page import Report
 from benchmarks.compare.pictures import draw_all
+from benchmarks.compare.results_page import MNIST
 from benchmarks.compare.store import versions
 from benchmarks.compare.suites import SUITES
 
@@ -42,7 +44,10 @@ def write(comparison: Comparison, seconds: float) -> list[Path]:
     page = settings.page or settings.output / f"{settings.suite}.md"
     pictures = page.parent / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
-    page.write_text(comparison.suite.page(report), encoding="utf-8")
+    made = comparison.suite.page(report)
+    if part(MNIST) in made and page.exists():  # that part is another command's
+        made = with_part(made, MNIST, read_part(page.read_text(encoding="utf-8"), MNIST))
+    page.write_text(made, encoding="utf-8")
     content = {
         "command": command,
         "device": "CPU, one thread for each training",

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import TYPE_CHECKING
 
-from benchmarks.compare.page import Report
+from benchmarks.compare.methods_page import Report
 from benchmarks.compare.statistics import accuracy, select, time_to_full, values_of
 from benchmarks.compare.tasks import CompareTask
 from benchmarks.compare.unit import FULL, Result

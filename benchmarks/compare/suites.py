@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from benchmarks.arms import Arm, all_arms
-from benchmarks.compare.bare_page import make_bare_page
-from benchmarks.compare.page import Report, make_page
+from benchmarks.compare.methods_page import Report, make_methods_page
+from benchmarks.compare.results_page import make_results_page
 from benchmarks.compare.tasks import TASKS, CompareTask
 
 
@@ -30,7 +30,7 @@ class Suite:
     tasks: tuple[CompareTask, ...]
     seeds: tuple[int, ...]
     takes: Callable[[Arm], bool]
-    page: Callable[[Report], str] = make_page
+    page: Callable[[Report], str] = make_methods_page
 
     def arms(self) -> list[str]:
         """Names of its arms."""
@@ -52,13 +52,13 @@ SUITES = {
     suite.name: suite
     for suite in (
         Suite(
-            "cpu", "every arm on every task, five seeds; under an hour on two cores",
-            tuple(TASKS.values()), (0, 1, 2, 3, 4), lambda arm: not arm.choice,
+            "cpu", "the callback without arguments, its parts, and others at the size it chooses",
+            _all("digits", "delay", "pathfinder", "listops"), (0, 1, 2, 3, 4),
+            lambda arm: _about_bare(arm) or arm.name in ("full", "defaults"), make_results_page,
         ),
         Suite(
-            "bare", "the callback without arguments, its parts, and others at the size it chooses",
-            _all("digits", "delay", "pathfinder", "listops"), (0, 1, 2, 3, 4),
-            lambda arm: _about_bare(arm) or arm.name in ("full", "defaults"), make_bare_page,
+            "methods", "all ways to a small model, at the same sizes; an hour on two cores",
+            tuple(TASKS.values()), (0, 1, 2, 3, 4), lambda arm: not arm.choice,
         ),
         Suite(
             "choices", "what the package's defaults are chosen by: variants of ours",

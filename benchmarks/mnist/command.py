@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.common.command import check_least, make_console, one_of, parse
+from benchmarks.common.pages import write_part
 from benchmarks.common.tables import markdown_table, rich_table
 from benchmarks.data import SMNISTDataModule
 from benchmarks.mnist.arms import ARMS
@@ -36,7 +37,7 @@ class Settings:
         workers: Trainings at a time, each on one thread.
         root: Folder with MNIST/raw.
         output: Folder of checkpoints and results.
-        page: Also write the table into this Markdown file.
+        page: Also write the table into this Markdown file, where it has the marks for it.
     """
 
     arms: tuple[str, ...] = one_of(tuple(ARMS), ARMS)
@@ -112,7 +113,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
         rich_table(HEADER, rows, words=2, title="Sequential MNIST", caption=note(settings))
     )
     if settings.page is not None:
-        page = f"{note(settings)}\n\n{markdown_table(HEADER, rows)}"
-        settings.page.write_text(page, encoding="utf-8")
+        table = markdown_table(HEADER, rows)
+        write_part(settings.page, "mnist", f"{note(settings)}\n\n{table}")
         console.print(f"Wrote {settings.page}")
     return 0

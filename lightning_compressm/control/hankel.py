@@ -165,8 +165,9 @@ def hankel_singular_values(
         horizon: Number of steps of a time-limited Gramian; None for an infinite one.
 
     Returns:
-        float64 on the system's device, shape ``(..., 2N)`` for "real" and "modes", else ``(..., N)``. On
-        a device without float64 (MPS) the values are computed, and stay, on the CPU.
+        float64 on the system's device, shape ``(..., 2N)`` for "real" and "modes", else
+        ``(..., N)``. On a device without float64 (MPS) the values are computed on the CPU, and stay
+        there.
 
     Raises:
         NonFiniteError: If a parameter is NaN or infinite.

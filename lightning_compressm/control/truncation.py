@@ -152,8 +152,8 @@ def truncate(
     one_of(*get_args(Selection)).check("selection", selection)
     if selection != "largest" and not factors.form.balances:
         raise ValueError(
-            f"expected selection='largest' for balance={factors.form.name!r}, which does not choose "
-            f"among balanced states, got {selection!r}"
+            f"expected selection='largest' for balance={factors.form.name!r}, which makes no "
+            f"choice among balanced states, got {selection!r}"
         )
     order = _check_order(order, factors.system.order)
     job = _Job(order, factors.form, factors.horizon, selection, generator, factors.source)

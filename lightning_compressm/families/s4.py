@@ -43,8 +43,8 @@ class S4Family(S4KernelFamily):
     more states than N. Reduced systems are written with a low-rank part again, since that takes
     any poles: B and P are then real and positive, and real parts of A are those of half the slowest
     pole. One half of each pair says nothing of systems whose real poles are close, so that only the
-    real form is balanced. The length that C was prepared for stays. An average of the weights is reduced on its own:
-    this form leaves nothing open, so that it ends in the same coordinates.
+    real form is balanced. The length that C was prepared for stays. An average of the weights is
+    reduced on its own: this form leaves nothing open, so that it ends in the same coordinates.
 
     Example:
         >>> layer, _ = S4Family().example()

@@ -27,7 +27,7 @@ from benchmarks.arms.last import infinity_norms
 from benchmarks.common.command import quiet
 from benchmarks.compare import command as compare
 from benchmarks.compare import comparison
-from benchmarks.compare.page import Report, make_page, states
+from benchmarks.compare.methods_page import Report, make_methods_page, states
 from benchmarks.compare.statistics import Difference, accuracy, difference, time_to_full
 from benchmarks.compare.store import Store, missing_jobs
 from benchmarks.compare.subspace import dominant_subspace, overlap
@@ -78,7 +78,7 @@ def test_a_file_more_is_an_arm_more(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         jobs = jobs_of(TINY, ["full", "folded"])
         quiet()
         results = run_unit(TINY, 0, jobs)
-        page = make_page(Report([TINY], results, "a command", {"torch": "2"}))
+        page = make_methods_page(Report([TINY], results, "a command", {"torch": "2"}))
     assert "| a new arm | 4 |" in page
     sys.modules.pop("benchmarks.arms.new_arm")
     assert "folded" not in all_arms()
@@ -267,7 +267,7 @@ def test_the_page_says_where_nothing_is_won() -> None:
             result("published", seed, 0.7 + 0.02 * seed),
         )
     ]
-    page = make_page(Report([TINY], results, "python -m x", {"torch": "2"}))
+    page = make_methods_page(Report([TINY], results, "python -m x", {"torch": "2"}))
     assert "python -m x" in page
     assert "| ours | 4 | 0.810 ± 0.010 | 0.100 ± 0.000 |" in page
     assert "small from scratch is as good, within noise" in page
@@ -281,7 +281,7 @@ def test_variants_of_ours_are_compared_in_one_table() -> None:
         for seed in range(2)
         for arm, value in (("early", 0.7 + 0.02 * seed), ("ours", 0.8 + 0.01 * seed))
     ]
-    page = make_page(Report([TINY], results, "a command", {"torch": "2"}))
+    page = make_methods_page(Report([TINY], results, "a command", {"torch": "2"}))
     assert "| `ours` | 0.805 |\n| `early` | 0.710 (**-9.5 ± 0.5**) |" in page
 
 
@@ -338,7 +338,7 @@ def test_the_page_compares_the_default_window_with_a_later_one() -> None:
             ("defaults", 0.8, 30, 1.8), ("defaults-late", 0.9 + 0.01 * seed, 10, 1.6),
         )
     ]  # fmt: skip
-    page = make_page(Report([TINY], results, "a command", {"torch": "2"}))
+    page = make_methods_page(Report([TINY], results, "a command", {"torch": "2"}))
     assert "| digits, 128 | 31 | 11 | **+10.5 ± 0.5** | 0.90 (0.90 to 0.90) | 0.80" in page
 
 

@@ -1,4 +1,4 @@
-"""The results page: every figure on it comes from the results it is given."""
+"""The page of all methods: every figure on it comes from the results it is given."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Report:
         return [arm for name, arm in all_arms().items() if name in there]
 
 
-def make_page(report: Report) -> str:
+def make_methods_page(report: Report) -> str:
     """The whole page in Markdown."""
     parts = [
         _introduction(report),
@@ -85,7 +85,7 @@ def make_page(report: Report) -> str:
 def _introduction(report: Report) -> str:
     seeds = ", ".join(map(str, report.seeds))
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    return f"""# Results
+    return f"""# All methods at the same sizes
 
 **CPU, small scale.** Everything on this page was written by
 
