@@ -49,7 +49,8 @@ class Arm:
 
 def _energy(tolerance: float, steps: int) -> dict[str, Any]:
     """The energy rule with the package's defaults: five looks in the first tenth."""
-    return {"tolerance": tolerance, "window": (0, steps // 10), "every_n_steps": steps // 50}
+    every = max(1, steps // 50)
+    return {"tolerance": tolerance, "window": (0, 5 * every), "every_n_steps": every}
 
 
 def _published(tolerance: float, steps: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from benchmarks.mnist.run import CHUNK, Result, train
 
 HEADER = (
     "arm", "states", "test accuracy", "best on validation", "published", "time / full",
-    "step before / after",
+    "step before / after", "looks, swaps",
 )  # fmt: skip
 
 
@@ -74,6 +74,7 @@ def _row(result: Result, full: Result | None) -> tuple[str, ...]:
         "" if arm.published is None else f"{arm.published:.1f}",
         "" if full is None else f"{result.seconds / full.seconds:.2f}",
         f"{result.speed_up:.2f}" if cut else "",
+        f"{result.analysis:.1%}" if cut else "",
     )
 
 
@@ -88,7 +89,7 @@ def note(settings: Settings) -> str:
         f"{', '.join(map(str, settings.seeds))}. Test accuracy in percent: of the last weights, "
         "and of those that validated best. Time: processor seconds of training, looks and swaps "
         "included. Step before / after: median step before the first cut over that after the last "
-        "one, in the same run."
+        "one, in the same run. Looks, swaps: their share of the training, by the clock on the wall."
     )
 
 

@@ -66,6 +66,11 @@ class Result:
         """How many steps after the last cut fit into one before the first, within this run."""
         return self.step_seconds(self.chunks[0][1]) / self.step_seconds(self.states)
 
+    @property
+    def analysis(self) -> float:
+        """Share of looks and swaps in the time of the training."""
+        return sum(float(event["seconds"]) for event in self.history) / self.seconds
+
 
 def read(path: Path) -> Result | None:
     """A saved result, if there is one."""

@@ -28,7 +28,7 @@ def test_the_arms_are_the_published_recipe(root: Path) -> None:
     module, data = build(ARMS["full"], 0, root)
     assert (module.lr, module.ssm_lr_factor, module.schedule) == (4e-4, 1.0, "constant")
     assert data.batch_size == 50
-    options = ARMS["tau2"].options
+    options = ARMS["published2"].options
     assert options is not None
     assert options(200_000) == {
         "tolerance": 0.02, "window": (0, 20_000), "every_n_steps": 10_000, "balance": "complex",
@@ -62,15 +62,15 @@ def test_an_interrupted_run_goes_on(
     monkeypatch.setattr(run, "build", None)  # what is done is read, not trained again
     again = run.train("tau4", 0, STEPS, root, tmp_path / "whole")
     assert again.accuracy == whole.accuracy
-    assert command.rows_of([again])[0][0] == "published rule, 4%"
+    assert command.rows_of([again])[0][0] == "energy rule, 4%"
 
 
 def test_the_table_compares_with_full() -> None:
     full = Result("full", 0, 200, [(100, 256, 4.0), (200, 256, 4.0)], accuracy=0.97)
     cut = Result("tau2", 0, 200, [(100, 256, 4.0), (200, 28, 1.0)], accuracy=0.9651)
-    cut.history = [{"new_state_dim": 100}, {"new_state_dim": 28}]
+    cut.history = [{"new_state_dim": n, "seconds": 0.05} for n in (100, 28)]
     first, second = command.rows_of([cut, full])
-    assert first == ("full", "256", "97.0", "", "97.3", "1.00", "")
+    assert first == ("full", "256", "97.0", "", "97.3", "1.00", "", "")
     assert second == (
-        "published rule, 2%", "256 → 100 → 28", "96.5", "", "96.9", "0.62", "4.00",
+        "energy rule, 2%", "256 → 100 → 28", "96.5", "", "96.9", "0.62", "4.00", "2.0%",
     )  # fmt: skip
