@@ -40,7 +40,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("model",),
     ("reduction",),
     ("compressor", "callbacks", "regularizer"),
-    ("testing",),
+    ("testing", "cli"),
+    ("__main__",),
 )
 MAX_LINES = 300
 

@@ -42,8 +42,8 @@ class BalanceForm(ABC):
     Attributes:
         name: What users write as ``balance``.
         states_each: Number of balanced states that make up one complex state.
-        balances: Whether it truncates balanced states. Then twice the sum of the discarded values
-            bounds the error, and there is a choice among them.
+        balances: Whether it truncates balanced states, so that twice the sum of the discarded
+            values bounds the error.
         real_output: Whether the form takes real inputs and outputs. Then it makes no difference
             which states are stored conjugated, and reduced ones get ``Im(lambda) >= 0``.
 

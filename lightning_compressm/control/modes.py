@@ -43,7 +43,16 @@ class Modes(Real):
     balances: ClassVar[bool] = False
 
     def reduced(self, balancing: Balancing, kept: Tensor, order: int) -> ModalForm:
-        """Keep ``order`` states; which balanced ones are asked for does not matter."""
+        """Keep ``order`` states.
+
+        Raises:
+            ValueError: If it is not the largest balanced states that are asked for.
+        """
+        if not torch.equal(kept, torch.arange(len(kept), device=kept.device)):
+            raise ValueError(
+                f"expected selection='largest' for balance={self.name!r}, which makes no choice "
+                "among balanced states, got another"
+            )
         l_p, l_q = balancing.controllability, balancing.observability
         p, q = l_p @ l_p.mT, l_q @ l_q.mT
         states = _kept(p, q, order)

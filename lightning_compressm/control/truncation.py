@@ -150,11 +150,6 @@ def truncate(
         As :func:`balanced_truncation`.
     """
     one_of(*get_args(Selection)).check("selection", selection)
-    if selection != "largest" and not factors.form.balances:
-        raise ValueError(
-            f"expected selection='largest' for balance={factors.form.name!r}, which makes no "
-            f"choice among balanced states, got {selection!r}"
-        )
     order = _check_order(order, factors.system.order)
     job = _Job(order, factors.form, factors.horizon, selection, generator, factors.source)
     return _truncate(factors, job)

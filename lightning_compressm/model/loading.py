@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterable, Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_compressm._undo import all_or_nothing
 from lightning_compressm.errors import CheckpointError
+from lightning_compressm.model.files import read_checkpoint
 from lightning_compressm.model.picture import ModelPicture
 from lightning_compressm.model.resizing import install_resize_hooks, resize_all_plan
 from lightning_compressm.nn._resize import lost_parts
@@ -36,8 +37,9 @@ def load_compressed(
 
     Args:
         model: built as for training; its SSM layers take the checkpoint's state dimensions.
-        checkpoint: a file (Lightning checkpoint or plain state dict, read with
-            ``weights_only=True``) or the mapping that such a file holds.
+        checkpoint: a file or folder (a Lightning checkpoint or plain state dict, read with
+            ``weights_only=True``; safetensors; what transformers' ``save_pretrained`` or
+            ``torch.distributed.checkpoint`` wrote), or the mapping that such a file holds.
         optimizers: those that were already made for ``model``: they go on with the new parameters
             of the layers that take another size, whose state starts anew. Load a saved state of an
             optimizer after this. One that is left out would go on with the old parameters.
@@ -86,44 +88,13 @@ def _replaced(model: nn.Module, before: Mapping[str, Tensor]) -> dict[str, Repla
 
 
 def _state_dict_of(checkpoint: str | PathLike[str] | Mapping[str, Any]) -> Mapping[str, Any]:
-    if isinstance(checkpoint, int):  # open() would take it for a file descriptor, and close it
+    if isinstance(checkpoint, Mapping):
+        nested = checkpoint.get("state_dict")
+        content: Mapping[Any, Any] = nested if isinstance(nested, Mapping) else checkpoint
+    elif isinstance(checkpoint, str | PathLike):
+        content = read_checkpoint(Path(checkpoint)).state_dict
+    else:  # open() would take a number for a file descriptor, and close it
         raise CheckpointError(f"expected a path or a mapping of tensors, got {checkpoint!r}.")
-    if not isinstance(checkpoint, Mapping):
-        try:
-            _check_sums(checkpoint)
-            checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise CheckpointError(
-                f"can't read '{checkpoint}' with weights_only=True: {error}. Expected a Lightning "
-                "checkpoint or a file written by torch.save(model.state_dict(), path)."
-            ) from error
-    content: Any = checkpoint
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
-    if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
-        raise CheckpointError(
-            f"expected a state dict (a mapping of names to tensors), got {type(content).__name__}."
-        )
+    if not all(isinstance(key, str) for key in content):
+        raise CheckpointError("expected a state dict (a mapping of names to tensors), got others.")
     return content
-
-
-def _check_sums(path: str | PathLike[str]) -> None:
-    """Compare the check sums that torch.save writes, which torch.load does not look at."""
-    if not zipfile.is_zipfile(path):
-        return  # the format of before torch 1.6 has none
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-        damaged = [name for name in names if not _is_whole(archive, name)]
-    # All differ where torch.serialization.set_crc32_options(False) left them out.
-    if damaged and len(damaged) < len(names):
-        raise zipfile.BadZipFile(f"the file is damaged: wrong check sum of '{damaged[0]}'")
-
-
-def _is_whole(archive: zipfile.ZipFile, name: str) -> bool:
-    try:
-        with archive.open(name) as record:
-            while record.read(1 << 20):
-                pass
-    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError):
-        return False
-    return True
