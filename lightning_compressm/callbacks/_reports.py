@@ -48,7 +48,9 @@ class RunReports(pl.Callback):
         state_dims = {name: dim for c in together for name, dim in c.state_dims.items()}
         history = sorted((e for c in together for e in c.history), key=lambda e: e["step"])
         metrics = dimension_metrics(state_dims, history)
-        pl_module.log_dict(metrics, sync_dist=trainer.world_size > 1)
+        shared, total = trainer.world_size > 1, "compressm/total_state_dim"
+        pl_module.log(total, metrics.pop(total), prog_bar=self._run.verbose, sync_dist=shared)
+        pl_module.log_dict(metrics, sync_dist=shared)
 
     def state_dict(self) -> dict[str, Any]:
         """Window, history and a committed but not yet executed plan; plain types and tensors."""

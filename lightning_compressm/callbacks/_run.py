@@ -17,6 +17,7 @@ from lightning_compressm.callbacks._limits import fitting, is_last_step, total_s
 from lightning_compressm.callbacks._losses import LossWatch
 from lightning_compressm.callbacks._ranks import decide_together
 from lightning_compressm.callbacks._rollback import RollbackGuard
+from lightning_compressm.callbacks._show import StepClock, show_events
 from lightning_compressm.callbacks._speed import SpeedKeeper
 from lightning_compressm.callbacks._strategy import swap
 from lightning_compressm.callbacks._trial import Batch, LossTrials
@@ -28,7 +29,6 @@ from lightning_compressm.model.frozen import ChosenLayers, choose_layers
 from lightning_compressm.model.layers import SSMLayer, select_layers
 from lightning_compressm.reduction.decide import decide
 from lightning_compressm.reduction.decision import Decision
-from lightning_compressm.reduction.events import format_table
 from lightning_compressm.reduction.failures import TroubleError
 from lightning_compressm.reduction.policy import DEFAULT_TOLERANCE, ReductionPolicy
 from lightning_compressm.reduction.processes import Processes
@@ -58,6 +58,7 @@ class ReductionRun:
         pending: what was decided and not carried out yet.
         layers: name -> layer, as of the latest look.
         state_dims: layer name -> current state dimension; empty before training starts.
+        clock: how long batches take.
     """
 
     model: weakref.ReferenceType[nn.Module] | None = None
@@ -86,6 +87,7 @@ class ReductionRun:
         self.chosen = ChosenLayers({})
         self.layers: Mapping[str, SSMLayer] = {}
         self.state_dims: dict[str, int] = {}
+        self.clock = StepClock()
         self._left: Fingerprint = ()  # the model as the latest fit left it
         self._first_step = 0
         self._losses = LossWatch()
@@ -137,6 +139,7 @@ class ReductionRun:
         self.looks.schedule = fitting(self.looks.schedule, trainer)
         self.looks.begin(trainer.global_step, lambda: total_steps(trainer), trainer.current_epoch)
         self._first_step = trainer.global_step
+        self.clock = StepClock(self.model() if self.model is not None else None)
         self.speed.attach(trainer)
         if self.looks.too_short:
             pl.rank_zero_warn("CompreSSMCallback: the run is too short for a reduction.")
@@ -242,7 +245,7 @@ class ReductionRun:
             pl.rank_zero_warn(f"CompreSSMCallback: no reduction, the swap failed: {trouble.reason}")
             decision = decision.skipped(f"the swap failed: {trouble.reason}")
         self.pending = None
-        self._record(decision)
+        self._record(trainer, decision)
 
     def roll_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         """Go back if the latest validation wants it; whether it did."""
@@ -251,18 +254,19 @@ class ReductionRun:
         decision = self.guard.restore(trainer, pl_module, self.layers)
         self.speed.go_back(decision, self.layers)
         self.pending = None
-        self._record(decision)
+        self._record(trainer, decision)
         return True
 
     def _refresh_state_dims(self) -> None:
         self.state_dims = {name: layer.state_dim for name, layer in self.layers.items()}
 
-    def _record(self, decision: Decision) -> None:
+    def _record(self, trainer: pl.Trainer, decision: Decision) -> None:
         self.history += [event.to_dict() for event in decision.events]
         self._refresh_state_dims()
+        if any(event.action != "skip" for event in decision.events):
+            self.clock.cut()
         if self.verbose and decision.events:
-            step, table = decision.events[0].step, format_table(decision.events)
-            pl.rank_zero_info(f"CompreSSM after step {step}:\n{table}")
+            show_events(trainer, decision.events)
 
     def state_dict(self) -> dict[str, Any]:
         """Window, history and what was decided and not carried out; plain types and tensors."""

@@ -20,6 +20,7 @@ from lightning_compressm.callbacks._refusals import check_fit, check_setup
 from lightning_compressm.callbacks._reports import RunReports
 from lightning_compressm.callbacks._rollback import RollbackGuard
 from lightning_compressm.callbacks._run import ReductionRun
+from lightning_compressm.callbacks._show import show_summary
 from lightning_compressm.callbacks.schedule import BY_ENERGY, BY_LOSS, Schedule
 from lightning_compressm.model.resizing import install_resize_hooks
 from lightning_compressm.reduction.policy import (
@@ -97,7 +98,8 @@ class CompreSSMCallback(RunReports):
         learning_speed: multiply the steps of a cut layer's parameters by N / r, never beyond the
             highest learning rate of another group (Adam and its kin; others are left alone). Not at
             all where all is in one group. ``None``: only without a target of your own.
-        verbose: log a table of every event on rank 0.
+        verbose: on rank 0, print a table of every event and a summary at the end, and show the sum
+            of the state dimensions in the progress bar.
 
     Attributes:
         history: one dict for each layer and look: ``step, epoch, layer, family, action,
@@ -247,15 +249,18 @@ class CompreSSMCallback(RunReports):
         batch_idx: int,
     ) -> None:
         """Act right after an optimizer step, where the schedule says so."""
+        self._run.clock.tick()
         self._run.after_batch(trainer, pl_module, outputs, (batch, batch_idx))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Judge the latest reductions."""
+        self._run.clock.pause()
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._run.guard.judge(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at the spectra and commit to a plan; log the dimensions of this epoch."""
+        self._run.clock.pause()
         self._run.watch.drop()
         self._log_dimensions(trainer, pl_module, _all_together(trainer))
         if not is_last_step(trainer):
@@ -265,6 +270,8 @@ class CompreSSMCallback(RunReports):
         """Go back if the last validation wants it."""
         if self._run.roll_back(trainer, pl_module):
             average_to_current(trainer, pl_module)
+        if self._run.verbose:
+            show_summary(trainer, self._run.clock, self.history, pl_module)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
