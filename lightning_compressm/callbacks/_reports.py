@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from lightning_compressm.callbacks import _lightning as pl
@@ -31,7 +32,7 @@ class RunReports(pl.Callback):
         """Layer name -> current state dimension; empty before training starts."""
         return dict(self._run.state_dims)
 
-    @property
+    @cached_property  # the Trainer asks for it at every hook
     def state_key(self) -> str:
         """Two callbacks for different layers keep apart states in a checkpoint."""
         return self._generate_state_key(layers=self.policy.layers, ignore=self.policy.ignore)
