@@ -8,21 +8,22 @@ core: all arms with 50,000 steps take about two hours of one core, with 200,000 
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.common.command import check_least, make_console, one_of, parse
+from benchmarks.common.command import check_least, make_console, one_of, parse, prepare
 from benchmarks.common.pages import write_part
 from benchmarks.common.tables import markdown_table, rich_table
 from benchmarks.data import SMNISTDataModule
 from benchmarks.mnist.arms import ARMS
-from benchmarks.mnist.run import CHUNK, Result, train
+from benchmarks.mnist.run import CHUNK, LAST, Result, folder_of, train
+from benchmarks.mnist.steps import step_ratios
 
 HEADER = (
     "arm", "states", "test accuracy", "best on validation", "published", "time / full",
-    "step before / after", "looks, swaps",
+    "full step / its own", "looks, swaps",
 )  # fmt: skip
 
 
@@ -55,14 +56,27 @@ class Settings:
         check_least("--workers", 1, [self.workers])
 
 
-def rows_of(results: Sequence[Result]) -> list[tuple[str, ...]]:
-    """One line for each result, in the order of the arms."""
+Ratio = tuple[float, float, float]
+
+
+def rows_of(
+    results: Sequence[Result], ratios: Mapping[str, Ratio] | None = None
+) -> list[tuple[str, ...]]:
+    """One line for each result, in the order of the arms.
+
+    Args:
+        results: Of any seeds.
+        ratios: Arm -> a step of the full network over one of its own: median, smallest, largest.
+    """
     full = {r.seed: r for r in results if r.arm == "full"}
     order = list(ARMS)
-    return [_row(r, full.get(r.seed)) for r in sorted(results, key=lambda r: order.index(r.arm))]
+    return [
+        _row(r, full.get(r.seed), (ratios or {}).get(r.arm))
+        for r in sorted(results, key=lambda r: order.index(r.arm))
+    ]
 
 
-def _row(result: Result, full: Result | None) -> tuple[str, ...]:
+def _row(result: Result, full: Result | None, ratio: Ratio | None) -> tuple[str, ...]:
     arm = ARMS[result.arm]
     path = [arm.d_state, *(event["new_state_dim"] for event in result.history)]
     cut = result.states < arm.d_state
@@ -73,9 +87,23 @@ def _row(result: Result, full: Result | None) -> tuple[str, ...]:
         _percent(result.best_accuracy),
         "" if arm.published is None else f"{arm.published:.1f}",
         "" if full is None else f"{result.seconds / full.seconds:.2f}",
-        f"{result.speed_up:.2f}" if cut else "",
+        "" if ratio is None else "{:.2f} ({:.2f} to {:.2f})".format(*ratio),
         f"{result.analysis:.1%}" if cut else "",
     )
+
+
+def _ratios(results: Sequence[Result], settings: Settings) -> dict[str, Ratio]:
+    """Of the first seed, if the full network is there to compare with."""
+    first = [r for r in results if r.seed == settings.seeds[0]]
+    if not any(r.arm == "full" for r in first):
+        return {}
+    prepare()
+
+    def last(result: Result) -> Path:
+        folder = folder_of(settings.output, result.arm, result.seed, result.steps)
+        return folder / f"{LAST}.ckpt"
+
+    return step_ratios(first, settings.root, last)
 
 
 def _percent(share: float | None) -> str:
@@ -88,8 +116,9 @@ def note(settings: Settings) -> str:
         f"CPU, one thread for each training, {settings.steps:,} steps (published: 200,000), seeds "
         f"{', '.join(map(str, settings.seeds))}. Test accuracy in percent: of the last weights, "
         "and of those that validated best. Time: processor seconds of training, looks and swaps "
-        "included. Step before / after: median step before the first cut over that after the last "
-        "one, in the same run. Looks, swaps: their share of the training, by the clock on the wall."
+        "included. Full step / its own: training steps of the networks that are left, taken in "
+        "turn, median (smallest to largest). Looks, swaps: their share of the training, "
+        "by the clock on the wall."
     )
 
 
@@ -109,7 +138,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
             results.append(job.result())
             latest = results[-1]
             console.log(f"{latest.arm}, seed {latest.seed}: {_percent(latest.accuracy)}")
-    rows = rows_of(results)
+    rows = rows_of(results, _ratios(results, settings))
     console.print(
         rich_table(HEADER, rows, words=2, title="Sequential MNIST", caption=note(settings))
     )

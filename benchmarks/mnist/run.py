@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from benchmarks.models.classification import evaluate_classes
 from benchmarks.train.trainer import AfterEveryStep
 from lightning_compressm import find_ssm_layers, load_compressed
 
+LAST = "last"
 CHUNK = 100  # steps between two readings of the clock
 
 
@@ -55,16 +55,6 @@ class Result:
     def seconds(self) -> float:
         """Processor seconds of the training."""
         return sum(seconds for _, _, seconds in self.chunks)
-
-    def step_seconds(self, states: int) -> float:
-        """Median time of a step with so many states."""
-        found = [seconds for _, at, seconds in self.chunks if at == states]
-        return statistics.median(found) / CHUNK if found else float("nan")
-
-    @property
-    def speed_up(self) -> float:
-        """How many steps after the last cut fit into one before the first, within this run."""
-        return self.step_seconds(self.chunks[0][1]) / self.step_seconds(self.states)
 
     @property
     def analysis(self) -> float:
@@ -117,10 +107,15 @@ class _Clock(AfterEveryStep):
         self.result.validation = [tuple(entry) for entry in state_dict["validation"]]
 
 
+def folder_of(output: Path, name: str, seed: int, steps: int) -> Path:
+    """Where a training keeps its files."""
+    return output / f"{name}-{seed}-{steps}"
+
+
 def train(name: str, seed: int, steps: int, root: Path, output: Path) -> Result:
     """Train an arm to the end and test it, unless that was done before."""
     prepare()
-    folder = output / f"{name}-{seed}-{steps}"
+    folder = folder_of(output, name, seed, steps)
     path = folder / "result.json"
     done = read(path)
     if done is not None and done.accuracy is not None:
@@ -131,7 +126,7 @@ def train(name: str, seed: int, steps: int, root: Path, output: Path) -> Result:
     every = max(1, steps // 10)
     best = ModelCheckpoint(folder, "best", "val_acc", mode="max", enable_version_counter=False)
     last = ModelCheckpoint(
-        folder, "last", every_n_train_steps=max(1, every // 5), enable_version_counter=False
+        folder, LAST, every_n_train_steps=max(1, every // 5), enable_version_counter=False
     )
     callbacks = [*([compressm] if compressm else []), _Clock(result, path), best, last]
     trainer = L.Trainer(
@@ -147,7 +142,7 @@ def train(name: str, seed: int, steps: int, root: Path, output: Path) -> Result:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    resume = folder / "last.ckpt"
+    resume = folder / f"{LAST}.ckpt"
     trainer.fit(module, data, ckpt_path=resume if resume.exists() else None, weights_only=False)
     sequences, classes = data.tensors("test")
     result.accuracy = evaluate_classes(module, sequences, classes)[0]

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.data import SMNISTDataModule
-from benchmarks.mnist import command, run
+from benchmarks.mnist import command, run, steps
 from benchmarks.mnist.arms import ARMS, build
 from benchmarks.mnist.run import Result
+from benchmarks.speed.timing import Rounds
 
 from .tiny_files import write_mnist
 
@@ -65,12 +66,28 @@ def test_an_interrupted_run_goes_on(
     assert command.rows_of([again])[0][0] == "energy rule, 4%"
 
 
+def test_steps_of_what_is_left_are_compared(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "ROUNDS", Rounds(least=2, most=2, seconds=1))
+    results = [run.train(name, 0, STEPS, root, tmp_path) for name in ("full", "small13")]
+
+    def last(result: Result) -> Path:
+        return run.folder_of(tmp_path, result.arm, 0, STEPS) / "last.ckpt"
+
+    ratios = steps.step_ratios(results, root, last)
+    assert ratios["full"] == (1.0, 1.0, 1.0)
+    middle, low, high = ratios["small13"]
+    assert 0 < low <= middle <= high
+
+
 def test_the_table_compares_with_full() -> None:
     full = Result("full", 0, 200, [(100, 256, 4.0), (200, 256, 4.0)], accuracy=0.97)
     cut = Result("tau2", 0, 200, [(100, 256, 4.0), (200, 28, 1.0)], accuracy=0.9651)
     cut.history = [{"new_state_dim": n, "seconds": 0.05} for n in (100, 28)]
-    first, second = command.rows_of([cut, full])
+    first, second = command.rows_of([cut, full], {"tau2": (4.0, 3.5, 4.25)})
     assert first == ("full", "256", "97.0", "", "97.3", "1.00", "", "")
     assert second == (
-        "energy rule, 2%", "256 → 100 → 28", "96.5", "", "96.9", "0.62", "4.00", "2.0%",
+        "energy rule, 2%", "256 → 100 → 28", "96.5", "", "96.9", "0.62",
+        "4.00 (3.50 to 4.25)", "2.0%",
     )  # fmt: skip
