@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 from lightning_compressm.callbacks import _lightning as pl
@@ -20,6 +21,7 @@ class RunReports(pl.Callback):
 
     policy: ReductionPolicy
     _run: ReductionRun
+    _logged: Mapping[str, float] = MappingProxyType({})
     _fitting = True  # a test of some checkpoint must not replace the history of training
 
     @property
@@ -50,8 +52,16 @@ class RunReports(pl.Callback):
         history = sorted((e for c in together for e in c.history), key=lambda e: e["step"])
         metrics = dimension_metrics(state_dims, history)
         shared, total = trainer.world_size > 1, "compressm/total_state_dim"
-        pl_module.log(total, metrics.pop(total), prog_bar=self._run.verbose, sync_dist=shared)
-        pl_module.log_dict(metrics, sync_dist=shared)
+        pl_module.log(total, metrics[total], prog_bar=self._run.verbose, sync_dist=shared)
+        # Each takes the Trainer as long as a step of a small model does: dimensions are logged for
+        # every epoch, what a look has found only after it.
+        rest = {
+            name: value
+            for name, value in metrics.items()
+            if name != total and ("state_dim" in name or self._logged.get(name) != value)
+        }
+        pl_module.log_dict(rest, sync_dist=shared)
+        self._logged = metrics
 
     def state_dict(self) -> dict[str, Any]:
         """Window, history and a committed but not yet executed plan; plain types and tensors."""

@@ -214,6 +214,7 @@ class CompreSSMCallback(RunReports):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Tie the window to this run; check what a checkpoint gave the optimizers only now."""
+        self._logged = {}
         self._run.begin(trainer)
         check_optimizer_states(trainer.optimizers, pl_module)
 
