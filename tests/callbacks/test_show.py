@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger
 
 from lightning_compressm import CompreSSMCallback
 from lightning_compressm.callbacks import _show
@@ -104,3 +106,20 @@ def test_only_whole_batches_of_one_size_are_timed(monkeypatch: pytest.MonkeyPatc
     clock.tick()
     clock.tick()
     assert (list(clock.before), list(clock.after)) == ([1.0, 2.0, 4.0], [16.0])
+
+
+def test_dimensions_are_logged_for_every_epoch_and_looks_once(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    callback = CompreSSMCallback(state_dim=6, window=(0, BATCHES), verbose=False)
+    options: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "max_epochs": 4}
+    trainer = pl.Trainer(
+        **options, logger=logger, callbacks=[callback], default_root_dir=tmp_path,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Classifier(), loader())
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    dims = [row["compressm/state_dim/net.first"] for row in rows]
+    assert dims == ["24.0", "6.0", "6.0", "6.0"]
+    assert [bool(row["compressm/energy_kept/net.first"]) for row in rows] == [1, 1, 0, 0]
+    assert 0 < trainer.callback_metrics["compressm/energy_kept/net.first"] < 1
