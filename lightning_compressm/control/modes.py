@@ -29,7 +29,8 @@ class Modes(Real):
     whose loss costs least of ``tr Q (I - M S) P (I - M S)^T``: S picks the states that are left and
     ``M = P S^T (S P S^T)^-1`` estimates all of them from these. At the end ``C' = C M``; the kept
     rows of Lambda and B stay as they are. What balancing would drop instead has no simple relation
-    to it, so that no bound of the error is known; the energy kept is that of ``Q^1/2 M S P^1/2``.
+    to it, so that no bound of the error is known; the energy lost is the sum of the singular values
+    of ``Q^1/2 (I - M S) P^1/2``.
 
     Example:
         >>> from lightning_compressm.control import balanced_truncation
