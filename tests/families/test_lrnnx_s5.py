@@ -1,15 +1,19 @@
 """The S5 of lrnnx, by a layer with its parameters."""
 
 from copy import deepcopy
+from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_compressm import compress, find_ssm_layers
+from lightning_compressm import CompreSSMCallback, compress, find_ssm_layers, load_compressed
 from lightning_compressm.errors import UnsupportedLayerError
 from lightning_compressm.families.lrnnx_s5 import LrnnxS5Example, LrnnxS5Family
 from lightning_compressm.testing.helpers import reduce
+from tests.callbacks.helpers import BATCHES, StatefulLoader, same, trainer
 
 
 def _layer(states: int = 8) -> LrnnxS5Example:
@@ -79,3 +83,43 @@ def test_a_layer_that_nothing_reaches_stays_silent():
     reduce(family, layer, 2)
     inputs = torch.randn(1, 5, 3, dtype=torch.float64)
     torch.testing.assert_close(layer(inputs), inputs @ layer.D)
+
+
+class _Module(pl.LightningModule):
+    """The layer between linear maps, for the task of the callbacks' tests."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.net = nn.Sequential(nn.Linear(1, 3), LrnnxS5Example(3, 8), nn.Linear(3, 3)).double()
+        self.losses: list[float] = []
+
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], index: int) -> torch.Tensor:
+        x, y = batch
+        loss = nn.functional.cross_entropy(self.net(x).mean(1), y)
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+@pytest.mark.parametrize("options", [{"tolerance": 0.2, "window": (0.0, 0.5)}, {}])
+def test_a_run_is_reduced_reloaded_and_resumed_to_the_bit(options: dict, tmp_path: Path) -> None:
+    def run(path: Path | None) -> tuple[_Module, object]:
+        model = _Module()
+        callback = CompreSSMCallback(**options, verbose=False)
+        saver = ModelCheckpoint(tmp_path / str(path is None), "{step}", save_top_k=-1)
+        fit = trainer(tmp_path, callback, saver, max_epochs=4, enable_checkpointing=True)
+        fit.fit(model, StatefulLoader(), ckpt_path=path)
+        return model, fit.optimizers[0].state_dict()
+
+    whole, moments = run(None)
+    assert whole.net[1].d_state < 8
+    loaded = load_compressed(_Module(), tmp_path / "True" / f"step={4 * BATCHES}.ckpt")
+    assert same(loaded.state_dict(), whole.state_dict())
+    for step in (BATCHES, 3 * BATCHES):
+        model, again = run(tmp_path / "True" / f"step={step}.ckpt")
+        assert model.losses == whole.losses[step:]
+        assert same(model.state_dict(), whole.state_dict())
+        assert same(again, moments)
