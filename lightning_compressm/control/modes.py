@@ -37,7 +37,7 @@ class Modes(Real):
         >>> system = DiagonalLTI(torch.tensor([0.9, 0.5, 0.1]), torch.ones(3, 1), torch.ones(1, 3))
         >>> reduction = balanced_truncation(system, 2, balance="modes")
         >>> reduction.system.eigenvalues.real, reduction.bound is None
-        (tensor([0.9000, 0.1000], dtype=torch.float64), True)
+        (tensor([0.9000, 0.5000], dtype=torch.float64), True)
     """
 
     name: ClassVar[str] = "modes"

@@ -122,7 +122,9 @@ def test_an_unknown_form_is_refused_with_all_that_there_are(added):
         lambda: per_state_energy(torch.ones(2), "imaginary"),
         lambda: balanced_truncation(random_system(2, 1, 1), 1, balance="imaginary"),
     ):
-        with pytest.raises(ValueError, match="one of real, folded, complex, another, got 'imag"):
+        with pytest.raises(
+            ValueError, match="one of real, folded, complex, modes, another, got 'imag"
+        ):
             work()
 
 

@@ -199,7 +199,7 @@ def test_per_state_energy_adds_pairs_of_the_real_form():
     assert per_state_energy(sigma, "folded") is sigma
     with pytest.raises(ValueError, match=r"even number .* got 3"):
         per_state_energy(sigma[..., :3], "real")
-    with pytest.raises(ValueError, match="one of real, folded, complex, got 'imaginary'"):
+    with pytest.raises(ValueError, match="one of real, folded, complex, modes, got 'imaginary'"):
         per_state_energy(sigma, "imaginary")
 
 

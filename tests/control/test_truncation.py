@@ -279,7 +279,7 @@ def test_bad_orders_are_refused(order):
 def test_bad_arguments_are_refused():
     system = random_system(4, 1, 1)
     with pytest.raises(
-        ValueError, match="balance: expected one of real, folded, complex, got 'auto'"
+        ValueError, match="balance: expected one of real, folded, complex, modes, got 'auto'"
     ):
         balanced_truncation(system, 2, balance="auto")
     with pytest.raises(
