@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+MNIST = "mnist"  # on the page of results and in README, by `python -m benchmarks.mnist`
+
 
 def part(name: str, text: str = "") -> str:
     """A part with its marks.

@@ -12,11 +12,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.common.command import make_console, parse, write_numbers
-from benchmarks.common.pages import part, read_part, with_part
+from benchmarks.common.pages import MNIST, part, read_part, with_part
 from benchmarks.compare.comparison import Comparison, Settings
 from benchmarks.compare.methods_page import Report
 from benchmarks.compare.pictures import draw_all
-from benchmarks.compare.results_page import MNIST
 from benchmarks.compare.store import versions
 from benchmarks.compare.suites import SUITES
 

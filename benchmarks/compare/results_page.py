@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import mean, median
 
-from benchmarks.common.pages import part
+from benchmarks.common.pages import MNIST, part
 from benchmarks.common.tables import markdown_table
 from benchmarks.compare.methods_page import HEADER, Report, arms_section, row
 from benchmarks.compare.statistics import (
@@ -20,7 +20,6 @@ from benchmarks.compare.tasks import CompareTask
 from benchmarks.compare.verdicts import compare, points
 
 BARE = "bare"
-MNIST = "mnist"
 OTHERS = {
     "full": "full",
     "small-as-bare": "small, as many states",

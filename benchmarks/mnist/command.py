@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.common.command import check_least, make_console, one_of, parse, prepare
-from benchmarks.common.pages import write_part
+from benchmarks.common.pages import MNIST, write_part
 from benchmarks.common.tables import markdown_table, rich_table
 from benchmarks.data import SMNISTDataModule
 from benchmarks.mnist.arms import ARMS
@@ -144,6 +144,6 @@ def main(arguments: Iterable[str] | None = None) -> int:
     )
     if settings.page is not None:
         table = markdown_table(HEADER, rows)
-        write_part(settings.page, "mnist", f"{note(settings)}\n\n{table}")
+        write_part(settings.page, MNIST, f"{note(settings)}\n\n{table}")
         console.print(f"Wrote {settings.page}")
     return 0

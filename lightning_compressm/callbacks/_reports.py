@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any
 
 from lightning_compressm.callbacks import _lightning as pl
@@ -21,7 +20,7 @@ class RunReports(pl.Callback):
 
     policy: ReductionPolicy
     _run: ReductionRun
-    _logged: Mapping[str, float] = MappingProxyType({})
+    _logged: dict[str, float]  # in the latest epoch of this run
     _fitting = True  # a test of some checkpoint must not replace the history of training
 
     @property

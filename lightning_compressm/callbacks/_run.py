@@ -17,7 +17,7 @@ from lightning_compressm.callbacks._limits import fitting, is_last_step, total_s
 from lightning_compressm.callbacks._losses import LossWatch
 from lightning_compressm.callbacks._ranks import decide_together
 from lightning_compressm.callbacks._rollback import RollbackGuard
-from lightning_compressm.callbacks._show import StepClock, show_events
+from lightning_compressm.callbacks._show import StepClock, count_parameters, show_events
 from lightning_compressm.callbacks._speed import SpeedKeeper
 from lightning_compressm.callbacks._strategy import swap
 from lightning_compressm.callbacks._trial import Batch, LossTrials
@@ -131,6 +131,7 @@ class ReductionRun:
         self.model = weakref.ref(pl_module)
         self.layers = self.chosen.layers
         self.watch.start(self.layers)
+        self.clock = StepClock(count_parameters(pl_module))
         self._refresh_state_dims()
         self.trials.begin(self.state_dims)
 
@@ -139,7 +140,6 @@ class ReductionRun:
         self.looks.schedule = fitting(self.looks.schedule, trainer)
         self.looks.begin(trainer.global_step, lambda: total_steps(trainer), trainer.current_epoch)
         self._first_step = trainer.global_step
-        self.clock = StepClock(self.model() if self.model is not None else None)
         self.speed.attach(trainer)
         if self.looks.too_short:
             pl.rank_zero_warn("CompreSSMCallback: the run is too short for a reduction.")

@@ -14,9 +14,9 @@ from typing import Any
 from torch import nn
 
 from lightning_compressm.callbacks import _lightning as pl
-from lightning_compressm.reduction.events import LayerEvent, format_table
+from lightning_compressm.reduction.events import LayerEvent, format_states, format_table
 
-__all__ = ["StepClock", "show_events", "show_summary"]
+__all__ = ["StepClock", "count_parameters", "show_events", "show_summary"]
 
 _KEPT = 500  # batches that a median is taken of
 
@@ -24,8 +24,8 @@ _KEPT = 500  # batches that a median is taken of
 class StepClock:
     """Times of batches before the first cut of a fit and after its last one, in seconds."""
 
-    def __init__(self, model: nn.Module | None = None) -> None:
-        self.parameters = 0 if model is None else _count(model)
+    def __init__(self, parameters: int = 0) -> None:
+        self.parameters = parameters
         self.before: deque[float] = deque(maxlen=_KEPT)
         self.after: deque[float] = deque(maxlen=_KEPT)
         self._current = self.before
@@ -84,10 +84,10 @@ def show_summary(
     first = {e["layer"]: e["old_state_dim"] for e in reversed(reduced)}
     last = {e["layer"]: e["new_state_dim"] for e in events if e["layer"] in first}
     seconds = sum(event["seconds"] for event in events)
-    lines = [
-        f"CompreSSM: {sum(first.values())} -> {sum(last.values())} states in {len(first)} layer"
-        f"{'' if len(first) == 1 else 's'}, {clock.parameters:,} -> {_count(model):,} parameters",
-    ]
+    states = f"{sum(first.values())} -> {sum(last.values())} states"
+    layers = f"{len(first)} layer{'' if len(first) == 1 else 's'}"
+    parameters = f"{clock.parameters:,} -> {count_parameters(model):,} parameters"
+    lines = [f"CompreSSM: {states} in {layers}, {parameters}"]
     if clock.before and clock.after:
         before, after = statistics.median(clock.before), statistics.median(clock.after)
         lines.append(
@@ -105,10 +105,9 @@ def _saved(trainer: pl.Trainer) -> str:
 
 
 def _cells(event: LayerEvent) -> tuple[str, ...]:
-    old, new = event.old_state_dim, event.new_state_dim
     return (
         event.layer or "(model)",
-        str(old) if old == new else f"{old} -> {new}",
+        format_states(event.old_state_dim, event.new_state_dim),
         f"{event.energy_kept:.1%}",
         "" if event.loss_change is None else f"{event.loss_change:+.2%}",
         f"{event.seconds:.2g}",
@@ -132,5 +131,6 @@ def _say(trainer: pl.Trainer, text: str) -> None:
         pl.rank_zero_info(text)
 
 
-def _count(model: nn.Module) -> int:
+def count_parameters(model: nn.Module) -> int:
+    """Of the whole model."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning_compressm.cli._facts import LayerFacts
+from lightning_compressm.reduction.events import format_states
 
 __all__ = ["show_events", "show_json", "show_layers"]
 
@@ -36,7 +37,7 @@ def show_events(events: Iterable[Mapping[str, Any]]) -> None:
             str(e["step"]),
             e["layer"] or "(model)",
             e["action"],
-            _states(e),
+            format_states(e["old_state_dim"], e["new_state_dim"]),
             f"{e.get('energy_kept', 1.0):.1%}",
             str(e.get("reason", "")),
         ]
@@ -44,11 +45,6 @@ def show_events(events: Iterable[Mapping[str, Any]]) -> None:
     ]
     if rows:
         _print("History", ["step", "layer", "action", "states", "energy kept", "note"], rows)
-
-
-def _states(event: Mapping[str, Any]) -> str:
-    old, new = event["old_state_dim"], event["new_state_dim"]
-    return str(old) if old == new else f"{old} -> {new}"
 
 
 def _print(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

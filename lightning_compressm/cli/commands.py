@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_compressm.cli._facts import bare_model, facts_of, history_of
+from lightning_compressm.cli._facts import LayerFacts, bare_model, facts_of, history_of
 from lightning_compressm.cli._objects import load_model, load_sample
 from lightning_compressm.cli._show import show_events, show_json, show_layers
 from lightning_compressm.compressor import compress as compress_model
 from lightning_compressm.errors import CheckpointError
-from lightning_compressm.model.files import Checkpoint, read_checkpoint
+from lightning_compressm.model.files import Checkpoint, read_checkpoint, safetensors_for
 from lightning_compressm.model.loading import load_compressed
 from lightning_compressm.plot import plot_spectra
 
@@ -42,15 +42,10 @@ def inspect(
         tolerances: shares of the Hankel energy that may go, each in [0, 1).
         json: print JSON instead of tables.
     """
-    read = read_checkpoint(checkpoint)
-    module = bare_model(read.state_dict) if model is None else _loaded(model, read)
-    layers, history = facts_of(module, bare=model is None), history_of(read)
+    read, layers = _look(checkpoint, model)
+    history = history_of(read)
     if not layers and not history:
-        raise CheckpointError(
-            f"'{checkpoint}' ({read.kind}, {len(read.state_dict)} tensors): expected an SSM layer, "
-            "found none"
-            + (". Give --model: some are only known with their code" if not model else "")
-        )
+        raise _nothing(checkpoint, read, "an SSM layer", model)
     if json:
         known = [layer.to_dict(tolerances) for layer in layers]
         show_json({"file": str(checkpoint), "kind": read.kind, "layers": known, "history": history})
@@ -129,20 +124,27 @@ def plot(checkpoint: Path, out: Path, model: str | None = None) -> None:
         out: picture to write; its suffix says the format (.png, .svg, .pdf).
         model: import path "package.module:name" of the model, or of what makes it.
     """
-    read = read_checkpoint(checkpoint)
-    module = bare_model(read.state_dict) if model is None else _loaded(model, read)
-    spectra = {
-        layer.name: layer.spectrum
-        for layer in facts_of(module, bare=model is None)
-        if layer.spectrum is not None
-    }
+    read, layers = _look(checkpoint, model)
+    spectra = {layer.name: layer.spectrum for layer in layers if layer.spectrum is not None}
     if not spectra:
-        raise CheckpointError(
-            f"'{checkpoint}': expected a linear SSM layer whose spectrum its tensors tell, found "
-            "none" + (". Give --model" if model is None else "")
-        )
+        raise _nothing(checkpoint, read, "a linear SSM layer", model)
     plot_spectra(spectra).savefig(out, dpi=150)
     print(f"Wrote {out}")
+
+
+def _look(checkpoint: Path, model: str | None) -> tuple[Checkpoint, list[LayerFacts]]:
+    """A checkpoint, and its layers by their tensors or by the code of their model."""
+    read = read_checkpoint(checkpoint)
+    module = bare_model(read.state_dict) if model is None else _loaded(model, read)
+    return read, facts_of(module, bare=model is None)
+
+
+def _nothing(checkpoint: Path, read: Checkpoint, wanted: str, model: str | None) -> CheckpointError:
+    advice = ". Give --model: some are only known with their code" if model is None else ""
+    return CheckpointError(
+        f"'{checkpoint}' ({read.kind}, {len(read.state_dict)} tensors): expected {wanted}, found "
+        f"none{advice}"
+    )
 
 
 def _loaded(model: str, read: Checkpoint) -> nn.Module:
@@ -154,14 +156,9 @@ def _count(state_dict: Any) -> int:
 
 
 def _save(out: Path, module: nn.Module, read: Checkpoint, events: list[dict[str, Any]]) -> None:
-    state_dict = module.state_dict()
     if out.suffix == ".safetensors":
-        try:
-            from safetensors.torch import save_model
-        except ImportError as error:
-            raise ImportError(f"'{out}' needs safetensors: pip install safetensors") from error
-        save_model(module, str(out))
+        safetensors_for(out).save_model(module, str(out))
         return
     kept = {key: read.rest[key] for key in _KEPT if key in read.rest}
     history = [*history_of(read), *events]
-    torch.save({"state_dict": state_dict, **kept, "compressm": {"history": history}}, out)
+    torch.save({"state_dict": module.state_dict(), **kept, "compressm": {"history": history}}, out)

@@ -56,8 +56,12 @@ class Balancing:
     sigma: Tensor
     right: Tensor
 
-    def single(self, index: int) -> Balancing:
-        """Return one system of a bank with one leading dimension."""
+    @cached_property
+    def singles(self) -> list[Balancing]:
+        """The systems of a bank with one leading dimension, the same objects for every order."""
+        return [self._single(index) for index in range(len(self.sigma))]
+
+    def _single(self, index: int) -> Balancing:
         one = self.system.each(lambda tensor: tensor[index])
         factors = (self.controllability, self.observability, self.left, self.sigma, self.right)
         return Balancing(one, self.form, *(f[index] for f in factors))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 __all__ = ["Modes"]
 
 _RIDGE = 1e-10  # states that are copies of each other have no unique share in what is lost
+
+
+# Which states stay longest; found once for all orders that a system is tried with.
+_rankings: WeakKeyDictionary[Balancing, Tensor] = WeakKeyDictionary()
 
 
 @register_balance
@@ -55,8 +60,10 @@ class Modes(Real):
                 "among balanced states, got another"
             )
         l_p, l_q = balancing.controllability, balancing.observability
-        p, q = l_p @ l_p.mT, l_q @ l_q.mT
-        states = _kept(p, q, order)
+        p = l_p @ l_p.mT
+        if balancing not in _rankings:
+            _rankings[balancing] = _ranked(p, l_q @ l_q.mT)
+        states = _rankings[balancing][:order].sort().values
         estimate = _estimate(p, states)
         lost = l_p - estimate @ l_p[_both(states, len(p))]
         total = balancing.sigma.sum()
@@ -89,28 +96,29 @@ def _both(states: Tensor, size: int) -> Tensor:
 def _estimate(p: Tensor, states: Tensor) -> Tensor:
     """M: the least squares estimate of all states from some, (2N, 2r)."""
     index = _both(states, len(p))
-    scale = _scale(p)
-    correlation = p / scale.unsqueeze(-1) / scale
-    square = correlation[index][:, index]
-    ridge = _RIDGE * torch.eye(len(index), dtype=p.dtype, device=p.device)
-    solved = torch.linalg.solve(square + ridge, correlation[index]).mT
+    correlation, scale = _correlation(p)
+    eye = torch.eye(len(index), dtype=p.dtype, device=p.device)
+    square = correlation[index][:, index] + _RIDGE * eye
+    solved = torch.linalg.solve(square, correlation[index]).mT
     estimate: Tensor = scale.unsqueeze(-1) * solved / scale[index]
-    estimate[index] = torch.eye(len(index), dtype=p.dtype, device=p.device)
+    estimate[index] = eye
     return estimate
 
 
-def _scale(p: Tensor) -> Tensor:
-    """Standard deviations, and one where a state never moves."""
+def _correlation(p: Tensor) -> tuple[Tensor, Tensor]:
+    """The Gramian with a unit diagonal, and standard deviations: one where a state never moves."""
     deviation = p.diagonal().clamp(min=0).sqrt()
-    return torch.where(deviation > 0, deviation, 1.0)
+    scale = torch.where(deviation > 0, deviation, 1.0)
+    return p / scale.unsqueeze(-1) / scale, scale
 
 
-def _kept(p: Tensor, q: Tensor, order: int) -> Tensor:
-    """Drop one state after another, the cheapest first; indices of the others, ascending."""
-    search = _Elimination.of(p, q)
-    for _ in range(len(p) // 2 - order):
-        search.drop(int(search.costs().argmin()))
-    return search.left.nonzero().flatten()
+def _ranked(p: Tensor, q: Tensor) -> Tensor:
+    """Drop one state after another, the cheapest first; indices, the last to go in front."""
+    search, dropped = _Elimination.of(p, q), []
+    for _ in range(len(p) // 2):
+        dropped.append(int(search.costs().argmin()))
+        search.drop(dropped[-1])
+    return torch.tensor(dropped[::-1], device=p.device)
 
 
 @dataclass
@@ -130,8 +138,8 @@ class _Elimination:
 
     @classmethod
     def of(cls, p: Tensor, q: Tensor) -> _Elimination:
-        n, scale = len(p) // 2, _scale(p)
-        correlation = p / scale.unsqueeze(-1) / scale
+        n = len(p) // 2
+        correlation, scale = _correlation(p)
         ridge = _RIDGE * torch.eye(len(p), dtype=p.dtype, device=p.device)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(correlation + ridge))
         weight = scale.unsqueeze(-1) * q * scale

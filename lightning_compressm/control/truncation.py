@@ -207,8 +207,8 @@ def _truncate(factors: Factors, job: _Job) -> Reduction:
 def _reduce_all(balancing: Balancing, job: _Job) -> tuple[list[ModalForm], list[int]]:
     """Reduce every system; also name those with clamped poles, if there is another reduction."""
     forms, unstable = [], []
-    for index in range(len(balancing.sigma)):
-        form, clamped = _reduce(balancing.single(index), job)
+    for index, single in enumerate(balancing.singles):
+        form, clamped = _reduce(single, job)
         forms.append(form)
         if clamped and job.source == "system" and is_inside(balancing.system, index):
             unstable.append(index)
@@ -267,7 +267,7 @@ def _replace_worse(
     others, _ = _reduce_all(balancing, replace(job, horizon=None))
     replaced = 0
     for row, index in enumerate(unstable):
-        single = balancing.single(row).system
+        single = balancing.singles[row].system
         clamped = output_error(single, forms[index].system, job.horizon)
         if output_error(single, others[row].system, job.horizon) < clamped:
             forms[index], sigma[index] = others[row], balancing.sigma[row]

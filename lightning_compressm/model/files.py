@@ -7,15 +7,15 @@ import pickle
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_compressm.errors import CheckpointError
 
-__all__ = ["Checkpoint", "read_checkpoint"]
+__all__ = ["Checkpoint", "read_checkpoint", "safetensors_for"]
 
 _EXPECTED = (
     "Expected a Lightning checkpoint, a file written by torch.save(model.state_dict(), path), a "
@@ -93,7 +93,7 @@ def _read(path: Path) -> Checkpoint:
     if path.name in _INDICES or path.name.endswith(".index.json"):
         return Checkpoint("sharded weights", _read_shards(path))
     if path.suffix == ".safetensors":
-        return Checkpoint("safetensors", _read_safetensors(path))
+        return Checkpoint("safetensors", safetensors_for(path).load_file(path))
     return _of_content(path, _torch_load(path))
 
 
@@ -129,13 +129,16 @@ def _of_content(path: Path, content: Any) -> Checkpoint:
     )
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def safetensors_for(path: Path) -> Any:
+    """The library that reads and writes such a file.
+
+    Raises:
+        ImportError: saying what to install.
+    """
     try:
-        from safetensors.torch import load_file
+        return import_module("safetensors.torch")
     except ImportError as error:
         raise ImportError(f"'{path}' needs safetensors: pip install safetensors") from error
-    tensors: dict[str, Tensor] = load_file(path)
-    return tensors
 
 
 def _read_shards(index: Path) -> dict[str, Any]:

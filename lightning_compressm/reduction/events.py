@@ -15,7 +15,13 @@ from lightning_compressm.plot import plot_spectra
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["CompressionReport", "LayerEvent", "dimension_metrics", "format_table"]
+__all__ = [
+    "CompressionReport",
+    "LayerEvent",
+    "dimension_metrics",
+    "format_states",
+    "format_table",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +211,16 @@ def format_table(events: Iterable[LayerEvent]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     )
+
+
+def format_states(old: int, new: int) -> str:
+    """What became of a number of states.
+
+    Example:
+        >>> format_states(8, 4), format_states(8, 8)
+        ('8 -> 4', '8')
+    """
+    return str(old) if old == new else f"{old} -> {new}"
 
 
 def _row(event: LayerEvent) -> tuple[str, ...]:
