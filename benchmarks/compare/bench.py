@@ -57,6 +57,7 @@ class Bench:
         name: Of this training among the turns.
         needed: Arm -> will hold its trained network.
         report: Called with the step now and then.
+        beside: The training whose size this one has, and whose time it is compared with.
     """
 
     def __init__(
@@ -67,18 +68,28 @@ class Bench:
         name: str,
         needed: Mapping[str, Future[Trained]],
         report: Report = lambda _: None,
+        beside: str | None = None,
     ) -> None:
         self.task = task
         self.seed = seed
         self.measured = Measured()
         self._needed = needed
-        self._watcher = _Watcher(turns, name, report)
+        self._watcher = _Watcher(turns, name, report, beside)
         self._data = task.make_data(seed)
 
     @property
     def cpu(self) -> float:
         """Processor seconds of training and cutting so far."""
         return self._watcher.watch.cpu
+
+    @property
+    def cpu_at_pace(self) -> float:
+        """The same, had it gone on all the time as fast as it went beside the other training.
+
+        One that waits for the other's size ends later, when fewer share the processor's caches.
+        """
+        steps, cpu = self._watcher.together
+        return cpu * self.task.steps / steps if steps else self.cpu
 
     @property
     def data(self) -> Any:
@@ -164,14 +175,17 @@ class TimedCompreSSM(CompreSSMCallback):
 class _Watcher(AfterEveryStep, TimedTurns):
     """Hand the processor on after so many steps, however long an epoch is."""
 
-    def __init__(self, turns: Turns, name: str, report: Report) -> None:
+    def __init__(self, turns: Turns, name: str, report: Report, beside: str | None) -> None:
         super().__init__(turns, name)
-        self.report = report
+        self.report, self.beside = report, beside
+        self.together = (0, 0.0)  # steps beside the other training, and their processor seconds
 
     def after_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.global_step % _TURN == 0:
             self.watch.stop()
             self.report(trainer.global_step)
+            if self.beside is not None and self.beside in self.turns:
+                self.together = (trainer.global_step, self.watch.cpu)
             self.turns.pass_on(self.name)
             self.watch.start()
 

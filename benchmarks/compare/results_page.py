@@ -62,8 +62,9 @@ on small networks and data that need no download, in seconds to a minute for eac
 
 Seeds {seeds}; one thread for each training; all arms of one task and seed take turns at the
 processor by 25 steps. Accuracy: mean ± standard deviation over the seeds, on test sets. Time:
-processor seconds of training, looks and swaps included. The thresholds of `CompreSSMCallback()`
-were chosen on these tasks with some of these seeds. Versions: {versions}.
+processor seconds of training, looks and swaps included; those of arms that wait for the callback's
+size are counted at the pace that they had beside it. The thresholds of `CompreSSMCallback()` were
+chosen on these tasks with some of these seeds. Versions: {versions}.
 """
 
 

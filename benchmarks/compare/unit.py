@@ -114,7 +114,8 @@ def run_unit(
             turns.join(job.name)
         try:
             turns.wait(job.name)
-            bench = Bench(task, seed, turns, job.name, needed, partial(report, job.name))
+            beside = job.arm.needs if job.arm.own_size else None
+            bench = Bench(task, seed, turns, job.name, needed, partial(report, job.name), beside)
             return do(job, bench)
         except BaseException as error:
             own = needed.get(job.arm.name)
@@ -143,7 +144,7 @@ def do(job: Job, bench: Bench) -> list[Result]:
         (size,) = job.sizes
         module = arm.train(bench, size)
         bench.hand_on(arm.name, module)
-        return [measure(job, bench, module, size, bench.cpu)]
+        return [measure(job, bench, module, size, bench.cpu_at_pace)]
     trained = arm.train(bench, None)
     results, training = [], bench.cpu
     for size in job.sizes:

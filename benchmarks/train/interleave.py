@@ -59,6 +59,11 @@ class Turns:
             self._ring.remove(name)
             self._changed.notify_all()
 
+    def __contains__(self, name: str) -> bool:
+        """Whether this participant has a place."""
+        with self._changed:
+            return name in self._ring
+
     def close(self) -> None:
         """End all: whoever waits, or waits next, gets a CancelledError."""
         with self._changed:

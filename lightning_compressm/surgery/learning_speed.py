@@ -8,9 +8,10 @@ to the others' rate, the steps of what is left are lengthened by N/r.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -271,7 +272,12 @@ def _unit(optimizer: Optimizer) -> str:
 
     By the function: a subclass with a step of its own is another optimizer.
     """
-    return _UNITS.get(inspect.unwrap(type(optimizer).step), "")
+    return _unit_of(type(optimizer).step)
+
+
+@functools.cache
+def _unit_of(step: Callable[..., Any]) -> str:
+    return _UNITS.get(inspect.unwrap(step), "")
 
 
 def _rate(group: Mapping[str, Any]) -> float | Tensor:

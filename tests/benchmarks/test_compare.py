@@ -27,6 +27,7 @@ from benchmarks.arms.last import infinity_norms
 from benchmarks.common.command import quiet
 from benchmarks.compare import command as compare
 from benchmarks.compare import comparison
+from benchmarks.compare.bench import Bench
 from benchmarks.compare.methods_page import Report, make_methods_page, states
 from benchmarks.compare.statistics import Difference, accuracy, difference, time_to_full
 from benchmarks.compare.store import Store, missing_jobs
@@ -35,6 +36,7 @@ from benchmarks.compare.suites import SUITES
 from benchmarks.compare.tasks import TASKS, evaluate
 from benchmarks.compare.unit import Result, jobs_of, run_unit
 from benchmarks.data.mqar import IGNORED, SIZES, MQARDataModule
+from benchmarks.train.interleave import Turns
 from lightning_compressm import HankelRegularizer
 from lightning_compressm.control import DiagonalLTI
 from lightning_compressm.nn import LRU
@@ -163,6 +165,24 @@ def test_turns_do_not_change_what_comes_out() -> None:
     assert by_arm["distillation"].borrowed == by_arm["full"].cpu > 0
     assert by_arm["ours"].full_cpu == by_arm["full"].cpu
     assert by_arm["ours"].small_cpu == by_arm["small"].cpu
+
+
+def test_an_arm_that_ends_alone_is_timed_at_its_pace_beside_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    turns = Turns()
+    turns.join("bare")
+    monkeypatch.setattr(turns, "pass_on", lambda name: None)
+    bench = Bench(TINY, 0, turns, "small", {}, beside="bare")
+    watcher = bench._watcher
+    for step, seconds in ((25, 3.0), (50, 4.0), (75, 4.5)):
+        if step == 75:
+            turns.leave("bare")
+        watcher.watch.stop()
+        watcher.watch.cpu = seconds
+        watcher.after_step(SimpleNamespace(global_step=step), None)
+    assert bench.cpu >= 4.5
+    assert bench.cpu_at_pace == 4.0 / 50 * TINY.steps
 
 
 def test_an_arm_that_fails_ends_the_unit(monkeypatch: pytest.MonkeyPatch) -> None:
