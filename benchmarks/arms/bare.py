@@ -17,7 +17,7 @@ from lightning_compressm.callbacks.schedule import BY_LOSS
 class Bare(Arm):
     name = "bare"
     label = "CompreSSMCallback()"
-    about = "No argument: cuts are tried on the loss, at four looks, and the size follows."
+    about = "No argument: cuts are tried on the loss, at three looks, and the size follows."
     place = 3
     own_size = True
     options: ClassVar[dict[str, Any]] = {}

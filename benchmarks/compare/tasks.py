@@ -25,6 +25,8 @@ from benchmarks.models.language import Kind, LanguageModel, RecallModule, evalua
 LayerKind = Literal["linear", "selective"]
 # The share of the steps after which all arms that reduce in training do so, as published.
 WINDOW_END = 0.1
+# Of generated tasks: a thousand sequences leave an accuracy uncertain by a point and a half.
+TEST_SIZE = 4000
 
 
 @dataclass(frozen=True)
@@ -126,11 +128,15 @@ def _recaller(kind: Kind, lr: float) -> Callable[[Any, int], L.LightningModule]:
 
 
 def _listops(seed: int) -> InMemoryDataModule:
-    return GeneratedListOpsDataModule(seed=seed, max_length=32, max_depth=3, min_length=4)
+    return GeneratedListOpsDataModule(
+        seed=seed, test_size=TEST_SIZE, max_length=32, max_depth=3, min_length=4
+    )
 
 
 def _pathfinder(seed: int) -> InMemoryDataModule:
-    return GeneratedPathfinderDataModule(seed=seed, size=12, dashes=3, distractors=1)
+    return GeneratedPathfinderDataModule(
+        seed=seed, test_size=TEST_SIZE, size=12, dashes=3, distractors=1
+    )
 
 
 def _recall(seed: int) -> InMemoryDataModule:

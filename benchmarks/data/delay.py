@@ -10,7 +10,7 @@ from benchmarks.data.sequences import SequenceDataModule, Split
 # The patterns and the noise are part of the task, so their seeds are fixed.
 PATTERN_SEED = 0
 NOISE_SEEDS: dict[Split, int] = {"train": 1, "val": 2, "test": 3}
-SIZES: dict[Split, int] = {"train": 4000, "val": 500, "test": 1000}
+SIZES: dict[Split, int] = {"train": 4000, "val": 500, "test": 4000}
 
 
 def make_patterns(n_classes: int, steps: int) -> Tensor:

@@ -21,7 +21,12 @@ from lightning_compressm.callbacks._reports import RunReports
 from lightning_compressm.callbacks._rollback import RollbackGuard
 from lightning_compressm.callbacks._run import ReductionRun
 from lightning_compressm.callbacks._show import show_summary
-from lightning_compressm.callbacks.schedule import BY_ENERGY, BY_LOSS, Schedule
+from lightning_compressm.callbacks.schedule import (
+    BY_ENERGY,
+    BY_LOSS,
+    LOOKS_BY_LOSS,
+    Schedule,
+)
 from lightning_compressm.model.resizing import install_resize_hooks
 from lightning_compressm.reduction.policy import (
     DEFAULT_LOSS_BUDGET,
@@ -38,7 +43,7 @@ __all__ = ["CompreSSMCallback"]
 class CompreSSMCallback(RunReports):
     """Remove states of little Hankel energy from SSM layers early in training.
 
-    Without arguments it looks after 10, 15, 20 and 25% of the training steps, balances every SSM
+    Without arguments it looks after 10, 20 and 30% of the training steps, balances every SSM
     layer, and halves the states of those where that hardly changes the loss, tried on a training
     batch: down to a quarter of the first states, and once the loss has fallen to half of what it
     was at the first look, down to a sixteenth.
@@ -60,7 +65,7 @@ class CompreSSMCallback(RunReports):
         floor: with ``loss_budget``, the least share of a layer's first states that stays; a quarter
             of that from the third look on, if the running loss has fallen to half by then.
         window: two floats: shares of the training run; two ints: optimizer steps. ``None`` for
-            (0.1, 0.25) with ``loss_budget``, which looks four times, evenly, else (0.0, 0.1).
+            (0.1, 0.3) with ``loss_budget``, which looks three times, evenly, else (0.0, 0.1).
         every_n_epochs: look at the end of every n-th epoch.
         every_n_steps: instead, look every n optimizer steps.
         min_reduction: act only if at least this share of a layer's states goes, in [0, 1).
@@ -179,7 +184,8 @@ class CompreSSMCallback(RunReports):
         )
         if window is None:
             window = BY_LOSS if by_loss else BY_ENERGY
-        schedule = Schedule(window, every_n_epochs, every_n_steps, spread=4 if by_loss else 0)
+        spread = LOOKS_BY_LOSS if by_loss else 0
+        schedule = Schedule(window, every_n_epochs, every_n_steps, spread)
         new_guard = partial(RollbackGuard, monitor, mode, max_degradation, rollback_dir)
         self._new_run = partial(
             ReductionRun,

@@ -36,9 +36,9 @@ class Window:
         return self.start <= step <= self.end
 
 
-# The last look at a quarter: later ones save less than they cost, and cuts at 30% and 40% of the
-# run ended no more accurate (docs/defaults.md).
-BY_LOSS = (0.1, 0.25)
+# Looks after 10, 20 and 30%: with a second halving before 20% of the run, what is learnt slowly
+# ended less accurate, and later looks save less than they cost (docs/defaults.md).
+BY_LOSS, LOOKS_BY_LOSS = (0.1, 0.3), 3
 BY_ENERGY = (0.0, 0.1)  # as published
 
 
