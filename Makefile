@@ -41,7 +41,7 @@ CORE := $(filter-out tests/callbacks tests/benchmarks,$(patsubst %/,%,$(wildcard
 	tests/test_compressor.py tests/test_precision.py tests/test_regularizer.py tests/test_rules.py
 
 .PHONY: help install demo speed test test-all test-oldest test-oldest-full lint format docs table
-.PHONY: gpu dist clean distclean
+.PHONY: test-other-name gpu dist clean distclean
 
 help:  ## Show the targets
 	@echo "make TARGET [PYTHON=/path/to/python] [ARGS=\"more arguments\"]"
@@ -84,6 +84,10 @@ test-oldest: $(OLD)/.installed  ## The callback's tests with Lightning 2.4.0 und
 
 test-oldest-full: $(OLD_FULL)/.installed  ## Core tests with torch 2.4.1, numpy 1 (5 GB)
 	$(OLD_FULL)/bin/python $(PYTEST) -m "not slow" $(CORE) tests/callbacks/test_names.py $(ARGS)
+
+# All tests import `lightning`; this folder lets that be `pytorch_lightning`, in every process.
+test-other-name: $(READY)  ## The callback's tests, the DDP matrix included, under pytorch_lightning
+	PYTHONPATH=$(CURDIR)/tests/other_name $(PY) $(PYTEST) tests/callbacks --ignore tests/callbacks/test_names.py $(ARGS)
 
 dist:  ## Build sdist and wheel into dist/; try the wheel with and without Lightning
 	.ci/dist $(firstword $(PYTHON) python3)

@@ -86,9 +86,9 @@ PACKAGES = _packages()
 
 
 def _each(module: str, name: str) -> list[Any]:
-    """What the packages call ``name``, without those that have none."""
+    """What the packages call ``name``, without those that have none; once where it is the same."""
     modules = [import_module(f"{package}{module}") for package in PACKAGES]
-    return [getattr(m, name) for m in modules if hasattr(m, name)]
+    return [*dict.fromkeys(getattr(m, name) for m in modules if hasattr(m, name))]
 
 
 def _either(module: str, name: str) -> Any:
