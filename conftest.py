@@ -2,5 +2,7 @@
 
 from importlib.util import find_spec
 
-# The one module that can't be imported without an optional package.
-collect_ignore = [] if find_spec("triton") else ["lightning_compressm/nn/_triton.py"]
+# A package of another's name, and the one module that needs an optional package.
+collect_ignore = ["tests/other_name"]
+if not find_spec("triton"):
+    collect_ignore.append("lightning_compressm/nn/_triton.py")
