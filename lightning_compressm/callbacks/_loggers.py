@@ -131,7 +131,7 @@ def _prefixes(trainer: pl.Trainer) -> dict[LoggedCallback, str]:
     for callback in callbacks:
         if isinstance(callback, LoggedCallback):
             prefix = callback._PREFIX
-            before = sum(other._PREFIX == prefix for other in found)
+            before = sum(prefix == other._PREFIX for other in found)
             found[callback] = f"{prefix}-{before + 1}" if before else prefix
     return found
 

@@ -51,6 +51,8 @@ class CompreSSMCallback(RunReports):
     ``every_n_steps``, or if no epoch ends inside the window, it acts right after an optimizer step.
     Every run gets at least one look.
 
+    Loggers get state dimensions; TensorBoard, W&B and MLflow also figures of what each look cuts.
+
     Args:
         tolerance: share of each layer's Hankel energy that may go, in [0, 1). At most one of
             ``tolerance``, ``fraction``, ``state_dim`` and ``loss_budget``.

@@ -10,8 +10,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["DISCARDED", "FONT", "GREY", "KEPT", "LINES", "label_ends", "log_axis", "new_figure", "panels",
-           "short", "spread"]  # fmt: skip
+__all__ = [
+    "DISCARDED",
+    "FONT",
+    "GREY",
+    "KEPT",
+    "LINES",
+    "label_ends",
+    "log_axis",
+    "new_figure",
+    "panels",
+    "short",
+    "spread",
+]
 
 # Okabe and Ito's colours, which colour-blind people can tell apart; yellow is too pale for a line.
 KEPT, DISCARDED, GREY = "#0072B2", "#D55E00", "#7F7F7F"
@@ -85,7 +96,7 @@ def label_ends(axes: Axes, labels: Sequence[tuple[float, str, str]], **settings:
         settings: of the text.
     """
     low, high = axes.get_ylim()
-    gap = (high - low) * 1.5 * FONT / 72 / (axes.figure.get_figheight() * 0.8)
+    gap = (high - low) * 1.5 * FONT * axes.figure.dpi / 72 / axes.bbox.height
     ordered = sorted(labels)
     heights = [height for height, _, _ in ordered]
     for i in range(1, len(heights)):

@@ -39,7 +39,7 @@ def plot_state_dims(history: Iterable[Event], until: int | None = None) -> Figur
 
     Args:
         history: events in the order in which they happened, such as ``callback.history``.
-        until: optimizer steps at the end of the picture; ``None`` for a little after the last event.
+        until: optimizer steps at the picture's end; ``None`` for a little after the last event.
 
     Returns:
         A matplotlib figure, not shown and not saved.
@@ -156,7 +156,7 @@ def _at(course: Course, step: int) -> int:
 
 def _bars(dims: Mapping[str, tuple[int, int]]) -> list[tuple[str, float, float]]:
     shown = spread(list(dims), MOST_BARS if len(dims) <= MOST_BARS else MOST_BARS - 1)
-    bars: list[tuple[str, float, float]] = [(short(name), *map(float, dims[name])) for name in shown]
+    bars = [(short(name), float(dims[name][0]), float(dims[name][1])) for name in shown]
     others = [dims[name] for name in dims if name not in shown]
     if others:
         before, after = (round(statistics.mean(column), 1) for column in zip(*others, strict=True))

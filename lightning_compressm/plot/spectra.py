@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lightning_compressm.plot._canvas import DISCARDED, FONT, GREY, KEPT, log_axis, panels, short, spread
+from lightning_compressm.plot._canvas import (
+    DISCARDED,
+    FONT,
+    GREY,
+    KEPT,
+    log_axis,
+    panels,
+    short,
+    spread,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
