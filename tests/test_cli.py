@@ -149,6 +149,19 @@ def test_a_picture_is_drawn(reduced, tmp_path) -> None:
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("picture", ["state-dims", "before-after"])
+def test_what_became_of_states_is_drawn(picture, reduced, tmp_path, capsys) -> None:
+    full, small, out = (tmp_path / name for name in ("full.ckpt", "small.ckpt", "it.svg"))
+    torch.save(Net().state_dict(), full)
+    command = ["compress", str(full), str(small), "--model", MODEL, "--sample", SAMPLE]
+    assert main([*command, "--state-dim", "5", "--layers", "lru"]) == 0
+    assert main(["plot", str(small), str(out), "--picture", picture]) == 0
+    shown = {"state-dims": "<!-- lru: 5 -->", "before-after": "<!-- 16 → 5 -->"}[picture]
+    assert shown in out.read_text()
+    assert main(["plot", str(full), str(out), "--picture", picture]) == 1
+    assert "expected a history" in capsys.readouterr().err
+
+
 class Evil:
     """Writes a file when it is unpickled."""
 

@@ -44,6 +44,7 @@ __all__ = [
     "goes_on_within_epoch",
     "is_param_in_hook_signature",
     "isolate_rng",
+    "logged_hyperparameters",
     "rank_zero_info",
     "rank_zero_warn",
 ]
@@ -114,6 +115,16 @@ if not TYPE_CHECKING:
         0
     ]
     isolate_rng = _each(".utilities.seed", "isolate_rng")[0]
+
+
+def logged_hyperparameters(trainer: Trainer) -> dict[str, Any]:
+    """What Lightning logs by itself: hyperparameters that module and data module have saved."""
+    found: dict[str, Any] = {}
+    for holder in (trainer.lightning_module, trainer.datamodule):  # type: ignore[attr-defined]
+        if holder is not None and holder._log_hyperparams:
+            found |= holder.hparams_initial
+    found.pop("_class_path", None)  # LightningCLI's own
+    return found
 
 
 def goes_on_within_epoch(trainer: Trainer) -> bool:

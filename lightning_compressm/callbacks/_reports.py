@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning_compressm.callbacks import _lightning as pl
 from lightning_compressm.callbacks._checkpoint import read_state
+from lightning_compressm.callbacks._loggers import LoggedCallback
 from lightning_compressm.callbacks._run import ReductionRun
 from lightning_compressm.reduction.events import dimension_metrics
 from lightning_compressm.reduction.policy import ReductionPolicy
@@ -15,9 +16,10 @@ from lightning_compressm.reduction.policy import ReductionPolicy
 __all__ = ["RunReports"]
 
 
-class RunReports(pl.Callback):
+class RunReports(LoggedCallback):
     """The part of a callback that others read: history, dimensions, logs and checkpoints."""
 
+    _PREFIX = "compressm"
     policy: ReductionPolicy
     _run: ReductionRun
     _logged: dict[str, float]  # in the latest epoch of this run

@@ -15,6 +15,7 @@ from lightning_compressm.callbacks import _lightning as pl
 from lightning_compressm.callbacks._checkpoint import CallbackState
 from lightning_compressm.callbacks._limits import fitting, is_last_step, total_steps
 from lightning_compressm.callbacks._losses import LossWatch
+from lightning_compressm.callbacks._pictures import ReductionPictures
 from lightning_compressm.callbacks._ranks import decide_together
 from lightning_compressm.callbacks._rollback import RollbackGuard
 from lightning_compressm.callbacks._show import StepClock, count_parameters, show_events
@@ -59,6 +60,7 @@ class ReductionRun:
         layers: name -> layer, as of the latest look.
         state_dims: layer name -> current state dimension; empty before training starts.
         clock: how long batches take.
+        pictures: what loggers are shown, in a fit.
     """
 
     model: weakref.ReferenceType[nn.Module] | None = None
@@ -88,6 +90,7 @@ class ReductionRun:
         self.layers: Mapping[str, SSMLayer] = {}
         self.state_dims: dict[str, int] = {}
         self.clock = StepClock()
+        self.pictures: ReductionPictures | None = None
         self._left: Fingerprint = ()  # the model as the latest fit left it
         self._first_step = 0
         self._losses = LossWatch()
@@ -267,6 +270,8 @@ class ReductionRun:
             self.clock.cut()
         if self.verbose and decision.events:
             show_events(trainer, decision.events)
+        if self.pictures is not None:
+            self.pictures.show(trainer, decision, self.history)
 
     def state_dict(self) -> dict[str, Any]:
         """Window, history and what was decided and not carried out; plain types and tensors."""

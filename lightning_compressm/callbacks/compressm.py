@@ -16,6 +16,8 @@ from lightning_compressm.callbacks._averages import (
 )
 from lightning_compressm.callbacks._checkpoint import check_optimizer_states
 from lightning_compressm.callbacks._limits import is_last_step
+from lightning_compressm.callbacks._loggers import settled_arguments
+from lightning_compressm.callbacks._pictures import ReductionPictures
 from lightning_compressm.callbacks._refusals import check_fit, check_setup
 from lightning_compressm.callbacks._reports import RunReports
 from lightning_compressm.callbacks._rollback import RollbackGuard
@@ -53,6 +55,8 @@ class CompreSSMCallback(RunReports):
     so that every checkpoint holds the weights that its metric was measured on. With
     ``every_n_steps``, or if no epoch ends inside the window, it acts right after an optimizer step.
     Every run gets at least one look.
+
+    Loggers get state dimensions; TensorBoard, W&B and MLflow also figures of what each look cuts.
 
     Args:
         tolerance: share of each layer's Hankel energy that may go, in [0, 1). At most one of
@@ -161,6 +165,7 @@ class CompreSSMCallback(RunReports):
         if tolerance is None and fraction is None and state_dim is None and loss_budget is None:
             loss_budget = DEFAULT_LOSS_BUDGET
         by_loss = loss_budget is not None
+        learning_speed = by_loss if learning_speed is None else learning_speed
         self.policy = ReductionPolicy(
             tolerance=tolerance,
             fraction=fraction,
@@ -195,9 +200,10 @@ class CompreSSMCallback(RunReports):
             optimizer_state,
             new_guard,
             verbose,
-            by_loss if learning_speed is None else learning_speed,
+            learning_speed,
         )
         self._run = self._new_run()
+        self.hyperparameters = settled_arguments(CompreSSMCallback.__init__, locals())
 
     # -- before training ---------------------------------------------------------------------
 
@@ -217,6 +223,7 @@ class CompreSSMCallback(RunReports):
         check_fit(trainer, self._run.layers.values())
         self._run.guard.check(trainer, len(_all_together(trainer)))
         align_averages(trainer, pl_module)
+        self._run.pictures = ReductionPictures(*self._open_gallery(trainer))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Tie the window to this run; check what a checkpoint gave the optimizers only now."""

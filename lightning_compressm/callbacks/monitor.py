@@ -9,6 +9,8 @@ from torch import Tensor
 from lightning_compressm._rules import COUNT
 from lightning_compressm.callbacks import _lightning as pl
 from lightning_compressm.callbacks._checkpoint import read_spectra
+from lightning_compressm.callbacks._loggers import LoggedCallback, settled_arguments
+from lightning_compressm.callbacks._pictures import SpectrumPictures
 from lightning_compressm.callbacks._ranks import decide_together
 from lightning_compressm.callbacks._watch import TrainingWatch
 from lightning_compressm.control import order_for_energy
@@ -21,11 +23,12 @@ from lightning_compressm.reduction.processes import Processes
 __all__ = ["HankelMonitor"]
 
 
-class HankelMonitor(pl.Callback):
+class HankelMonitor(LoggedCallback):
     """Log how many states each SSM layer needs, and keep its spectra; changes nothing.
 
     Logs ``hankel/rank/<layer>``: the states whose Hankel singular values hold ``1 - tolerance`` of
-    the layer's energy, and ``hankel/energy/<layer>``: the sum of all.
+    the layer's energy, and ``hankel/energy/<layer>``: the sum of all. TensorBoard, W&B and MLflow
+    also get the spectra as figures.
 
     Args:
         tolerance: share of the energy that may be missing, in [0, 1).
@@ -46,6 +49,9 @@ class HankelMonitor(pl.Callback):
         >>> HankelMonitor(tolerance=0.01).history
         []
     """
+
+    _PREFIX = "hankel"
+    _pictures: SpectrumPictures
 
     def __init__(
         self,
@@ -70,6 +76,7 @@ class HankelMonitor(pl.Callback):
         self.every_n_epochs = every_n_epochs
         self._fitting = True  # a test of some checkpoint must not replace the history of training
         self._reset()
+        self.hyperparameters = settled_arguments(HankelMonitor.__init__, locals())
 
     def _reset(self) -> None:
         self.history: list[dict[str, Any]] = []
@@ -85,6 +92,7 @@ class HankelMonitor(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse patterns that match nothing before the first step."""
         self._watch.start(select_layers(pl_module, self.policy.layers, self.policy.ignore))
+        self._pictures = SpectrumPictures(*self._open_gallery(trainer))
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -124,13 +132,24 @@ class HankelMonitor(pl.Callback):
                 "spectra": spectra,
             }
         )
-        metrics: dict[str, float] = {}
-        for name, sigma in spectra.items():
-            metrics[f"hankel/energy/{name}"] = float(sigma.sum())
-            # A layer whose B or C is zero, as some are initialised, needs no state.
-            rank = order_for_energy(sigma, self.tolerance) if sigma.any() else 0
-            metrics[f"hankel/rank/{name}"] = float(rank)
+        ranks = self._ranks(spectra)
+        metrics = {f"hankel/energy/{name}": float(sigma.sum()) for name, sigma in spectra.items()}
+        metrics |= {f"hankel/rank/{name}": float(rank) for name, rank in ranks.items()}
         pl_module.log_dict(metrics, sync_dist=trainer.world_size > 1)
+        self._pictures.show(trainer, spectra, ranks)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show the spectra of all looks together."""
+        looks = [entry | {"kept": self._ranks(entry["spectra"])} for entry in self.history]
+        self._pictures.show_history(trainer, looks)
+
+    def _ranks(self, spectra: dict[str, Tensor]) -> dict[str, int]:
+        """Layer name -> states that hold the share of the energy that is to stay."""
+        # A layer whose B or C is zero, as some are initialised, needs no state.
+        return {
+            name: order_for_energy(sigma, self.tolerance) if sigma.any() else 0
+            for name, sigma in spectra.items()
+        }
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException

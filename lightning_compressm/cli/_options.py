@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_compressm.__about__ import __version__
+from lightning_compressm.cli.commands import Picture
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -35,7 +36,7 @@ def make_parser() -> ArgumentParser:
     commands = parser.add_subcommands(dest="command", metavar="COMMAND")
     commands.add_subcommand("inspect", _inspect(), help="layers, states, spectra and history")
     commands.add_subcommand("compress", _compress(), help="remove states from a checkpoint")
-    commands.add_subcommand("plot", _plot(), help="draw Hankel singular values")
+    commands.add_subcommand("plot", _plot(), help="draw spectra, or states over training")
     return parser
 
 
@@ -86,8 +87,14 @@ def _compress() -> ArgumentParser:
 
 
 def _plot() -> ArgumentParser:
-    parser = _parser("Draw the Hankel singular values of a checkpoint's layers.")
+    parser = _parser(
+        "Draw the Hankel singular values of a checkpoint's layers, or what became of their states."
+    )
     parser.add_argument("out", type=Path, help="picture: .png, .svg or .pdf")
+    parser.add_argument(
+        "--picture", type=Picture, default="spectra",
+        help="what to draw; state-dims and before-after show what was removed in training",
+    )  # fmt: skip
     parser.add_argument("--model", type=str | None, help=_MODEL)
     return parser
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -16,9 +16,14 @@ from lightning_compressm.compressor import compress as compress_model
 from lightning_compressm.errors import CheckpointError
 from lightning_compressm.model.files import Checkpoint, read_checkpoint, safetensors_for
 from lightning_compressm.model.loading import load_compressed
-from lightning_compressm.plot import plot_spectra
+from lightning_compressm.plot import plot_before_after, plot_spectra, plot_state_dims
 
-__all__ = ["compress", "inspect", "plot"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Picture", "compress", "inspect", "plot"]
+
+Picture = Literal["spectra", "state-dims", "before-after"]
 
 # What a Lightning checkpoint needs to be loaded by its class; the state of training is left out.
 _KEPT = ("hyper_parameters", "hparams_name", "hparams_type", "pytorch-lightning_version", "epoch",
@@ -116,20 +121,36 @@ def compress(
     print(f"Wrote {out}: {after:,} numbers instead of {before:,}")
 
 
-def plot(checkpoint: Path, out: Path, model: str | None = None) -> None:
-    """Draw the Hankel singular values of a checkpoint's layers.
+def plot(
+    checkpoint: Path, out: Path, model: str | None = None, picture: Picture = "spectra"
+) -> None:
+    """Draw the Hankel singular values of a checkpoint's layers, or what became of their states.
 
     Args:
         checkpoint: as for inspect.
         out: picture to write; its suffix says the format (.png, .svg, .pdf).
         model: import path "package.module:name" of the model, or of what makes it.
+        picture: the spectra; or, of what was removed in training, the state dimensions over steps,
+            or those before and after.
     """
+    if picture == "spectra":
+        figure = _spectra(checkpoint, model)
+    else:
+        read = read_checkpoint(checkpoint)
+        history = history_of(read)
+        if not history:
+            raise _nothing(checkpoint, read, "a history of CompreSSMCallback or compress", "")
+        figure = (plot_state_dims if picture == "state-dims" else plot_before_after)(history)
+    figure.savefig(out, dpi=150)
+    print(f"Wrote {out}")
+
+
+def _spectra(checkpoint: Path, model: str | None) -> Figure:
     read, layers = _look(checkpoint, model)
     spectra = {layer.name: layer.spectrum for layer in layers if layer.spectrum is not None}
     if not spectra:
         raise _nothing(checkpoint, read, "a linear SSM layer", model)
-    plot_spectra(spectra).savefig(out, dpi=150)
-    print(f"Wrote {out}")
+    return plot_spectra(spectra)
 
 
 def _look(checkpoint: Path, model: str | None) -> tuple[Checkpoint, list[LayerFacts]]:
