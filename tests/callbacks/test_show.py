@@ -17,6 +17,7 @@ from lightning_compressm import CompreSSMCallback
 from lightning_compressm.callbacks import _show
 from lightning_compressm.callbacks._show import StepClock
 
+from ..features import from_lightning
 from .helpers import BATCHES, Classifier, loader
 
 BARS: dict[str, Callable[[], list[Any]]] = {
@@ -24,6 +25,9 @@ BARS: dict[str, Callable[[], list[Any]]] = {
     "rich": lambda: [RichProgressBar()],
     "none": list,
 }
+
+RICH_BAR = from_lightning("2.6", "its Rich bar fails by itself with a newer rich")
+EACH_BAR = [pytest.param(bar, marks=[RICH_BAR] if bar == "rich" else []) for bar in BARS]
 
 
 @pytest.fixture
@@ -51,7 +55,7 @@ def run(tmp: Path, bar: str, **options: Any) -> tuple[pl.Trainer, CompreSSMCallb
     return run, callback
 
 
-@pytest.mark.parametrize("bar", BARS)
+@pytest.mark.parametrize("bar", EACH_BAR)
 def test_events_and_a_summary_are_printed(bar: str, tmp_path, said) -> None:
     trainer, _ = run(tmp_path, bar)
     told = said()
@@ -64,7 +68,7 @@ def test_events_and_a_summary_are_printed(bar: str, tmp_path, said) -> None:
     assert trainer.progress_bar_metrics["compressm/total_state_dim"] == 12
 
 
-@pytest.mark.parametrize("bar", BARS)
+@pytest.mark.parametrize("bar", EACH_BAR)
 def test_quiet(bar: str, tmp_path, said) -> None:
     trainer, callback = run(tmp_path, bar, verbose=False)
     assert callback.state_dims == {"net.first": 6, "net.second": 6}
