@@ -23,12 +23,7 @@ from lightning_compressm.callbacks._reports import RunReports
 from lightning_compressm.callbacks._rollback import RollbackGuard
 from lightning_compressm.callbacks._run import ReductionRun
 from lightning_compressm.callbacks._show import show_summary
-from lightning_compressm.callbacks.schedule import (
-    BY_ENERGY,
-    BY_LOSS,
-    LOOKS_BY_LOSS,
-    Schedule,
-)
+from lightning_compressm.callbacks.schedule import schedule_of
 from lightning_compressm.model.resizing import install_resize_hooks
 from lightning_compressm.reduction.policy import (
     DEFAULT_LOSS_BUDGET,
@@ -187,10 +182,7 @@ class CompreSSMCallback(RunReports):
             max_output_error=max_output_error,
             trained_on=True,
         )
-        if window is None:
-            window = BY_LOSS if by_loss else BY_ENERGY
-        spread = LOOKS_BY_LOSS if by_loss else 0
-        schedule = Schedule(window, every_n_epochs, every_n_steps, spread)
+        schedule = schedule_of(by_loss, window, every_n_epochs, every_n_steps)
         new_guard = partial(RollbackGuard, monitor, mode, max_degradation, rollback_dir)
         self._new_run = partial(
             ReductionRun,

@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning_compressm._rules import COUNT, optional
 
-__all__ = ["Looks", "Schedule", "Window"]
+__all__ = ["Looks", "Schedule", "Window", "schedule_of"]
 
 ENDLESS = (500, 1000, 2000, 4000)  # steps after which runs of unknown length are looked at
 
@@ -260,6 +260,30 @@ class Looks:
             "looked_at_step": self.at_step,
             "epoch": self.epoch,
         }
+
+
+def schedule_of(
+    by_loss: bool,
+    window: tuple[int | float, int | float] | None,
+    every_n_epochs: int,
+    every_n_steps: int | None,
+) -> Schedule:
+    """The schedule that goes with a rule, where the user leaves ``window`` open.
+
+    Args:
+        by_loss: whether cuts are tried on the loss, which brings its own number of looks.
+        window, every_n_epochs, every_n_steps: as in :class:`Schedule`.
+
+    Raises:
+        ValueError: for values out of range.
+
+    Example:
+        >>> schedule_of(True, None, 1, None).resolve(2000).looks
+        (200, 400, 600)
+    """
+    if window is None:
+        window = BY_LOSS if by_loss else BY_ENERGY
+    return Schedule(window, every_n_epochs, every_n_steps, LOOKS_BY_LOSS if by_loss else 0)
 
 
 def _is_pair_of_numbers(value: object) -> bool:
