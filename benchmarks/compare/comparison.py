@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import Empty
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks.common.command import check_least, one_of, prepare
-from benchmarks.compare.processes import start
+from benchmarks.common.workers import run_units
 from benchmarks.compare.store import Store, missing_jobs
 from benchmarks.compare.suites import SUITES, Suite, without_missing
 from benchmarks.compare.tasks import CompareTask
@@ -127,33 +123,10 @@ class Comparison:
             return
         tasks = {task.name: task for task in self.tasks}
         steps = sum(tasks[unit.task].steps * training(jobs) for unit, jobs in todo)
-        columns = (
-            TextColumn("{task.description:<22}"),
-            BarColumn(),
-            TextColumn("{task.completed:>8.0f}/{task.total:.0f} steps"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        context = multiprocessing.get_context("spawn")
-        with (
-            Progress(*columns, console=self.console) as progress,
-            context.Manager() as manager,
-            ProcessPoolExecutor(self.settings.workers, context, start) as pool,
-        ):
-            bar = progress.add_task(f"{len(todo)} trainings of arms", total=steps)
-            news: Any = manager.Queue()
-            running = {pool.submit(work, unit, news): unit for unit, _ in todo}
-            pending = set(running)
-            try:
-                while pending:
-                    done, pending = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
-                    progress.advance(bar, sum(drain(news)))
-                    for future in done:
-                        self._keep(future.result(), running[future], tasks)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-            progress.update(bar, completed=steps)
+        units = [unit for unit, _ in todo]
+        workers = self.settings.workers
+        for unit, results in run_units(work, units, steps, workers, self.console):
+            self._keep(results, unit, tasks)
 
     def _keep(self, results: list[Result], unit: Unit, tasks: dict[str, CompareTask]) -> None:
         self.store.save(tasks[unit.task], unit.seed, results)
@@ -180,12 +153,3 @@ def work(unit: Unit, news: Any) -> list[Result]:
     prepare()
     warm_up(*task.build(seed=0))
     return run_unit(task, unit.seed, jobs_of(task, unit.arms), report)
-
-
-def drain(news: Any) -> Iterator[int]:
-    """What has come in."""
-    while True:
-        try:
-            yield news.get_nowait()
-        except Empty:
-            return

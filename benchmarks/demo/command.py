@@ -7,63 +7,58 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from functools import partial
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from benchmarks.common.command import make_console, parse, prepare
+from benchmarks.common.workers import run_units
 from benchmarks.demo.report import write_report
 from benchmarks.demo.runs import ARMS, ArmRun, Settings, run_seed
-from benchmarks.train.trainer import TASKS, build, warm_up
+from benchmarks.train.trainer import TASKS, TaskName, build, warm_up
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one process does at a time: the three arms of a task and seed, in turns."""
+
+    task: TaskName
+    seed: int
+    settings: Settings
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of all arms."""
+        return len(ARMS) * self.settings.steps_of(self.task)
 
 
 def run_all(settings: Settings, console: Console) -> list[ArmRun]:
-    """Train every arm with every seed, with a progress bar."""
-    columns = (
-        TextColumn("{task.description:<12}"),
-        BarColumn(),
-        TextColumn("{task.completed:>5.0f}/{task.total:.0f} steps"),
-        TextColumn("{task.fields[states]}"),
-        TimeElapsedColumn(),
-    )
-    runs: list[ArmRun] = []
-    total = sum(settings.steps_of(task) for task in settings.tasks)
-    with Progress(*columns, console=console) as progress:
-        everything = progress.add_task(
-            "everything", total=total * len(ARMS) * len(settings.seeds), states=""
-        )
-        bars = {arm: progress.add_task(arm, total=1, states="") for arm in ARMS}
-        done = 0
-        for task in settings.tasks:
-            warm_up(*build(TASKS[task], seed=0))
-            steps = settings.steps_of(task)
-            for seed in settings.seeds:
-                progress.update(everything, states=f"{task}, seed {seed}")
-                for bar in bars.values():
-                    progress.update(bar, total=steps, completed=0, states="")
-                report = partial(_report, progress, bars, everything, done)
-                runs += run_seed(task, seed, settings, report)
-                done += steps * len(ARMS)
-        for bar in bars.values():
-            progress.remove_task(bar)
-        progress.update(everything, completed=done, states="")
-    return runs
+    """Train every arm with every seed, with a progress bar; sorted by task and seed."""
+    units = [Unit(task, seed, settings) for task in settings.tasks for seed in settings.seeds]
+    steps = sum(unit.steps for unit in units)
+    # The longest first, so that no process is left alone with it.
+    longest = sorted(units, key=lambda unit: -unit.steps)
+    found: dict[Unit, list[ArmRun]] = {}
+    for unit, runs in run_units(work, longest, steps, settings.workers, console):
+        found[unit] = runs
+        said = ", ".join(f"{run.arm} {run.accuracy:.3f}" for run in runs)
+        console.log(f"{unit.task}, seed {unit.seed}: {said}")
+    return [run for unit in units for run in found[unit]]
 
 
-def _report(
-    progress: Progress,
-    bars: dict[str, TaskID],
-    everything: TaskID,
-    done: int,
-    arm: str,
-    step: int,
-    states: int,
-) -> None:
-    progress.update(bars[arm], completed=step, states=f"{states} states")
-    now = sum(progress.tasks[progress.task_ids.index(bar)].completed for bar in bars.values())
-    progress.update(everything, completed=done + now)
+def work(unit: Unit, news: Any) -> list[ArmRun]:
+    """In a process of its own."""
+    seen: dict[str, int] = {}
+
+    def report(arm: str, step: int) -> None:
+        news.put(step - seen.get(arm, 0))
+        seen[arm] = step
+
+    prepare()
+    warm_up(*build(TASKS[unit.task], seed=0))
+    return run_seed(unit.task, unit.seed, unit.settings, report)
 
 
 def main(arguments: Iterable[str] | None = None) -> int:
@@ -72,7 +67,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     prepare()
     start = time.perf_counter()
     console.print(
-        f"{' and '.join(settings.tasks)} on the CPU (torch {torch.__version__}, one thread): "
+        f"{' and '.join(settings.tasks)} on the CPU (torch {torch.__version__}, one thread each): "
         f"{len(ARMS)} arms, {len(settings.seeds)} seeds each"
     )
     runs = run_all(settings, console)

@@ -121,7 +121,7 @@ def make_note(runs: Sequence[ArmRun], settings: Settings, seconds: float) -> str
         for task, arms in tasks.items()
     )
     return (
-        f"CPU, one thread. Accuracy: mean ± standard deviation over seeds "
+        f"CPU, one thread for each seed. Accuracy: mean ± standard deviation over seeds "
         f"{', '.join(map(str, settings.seeds))}. Compressed: CompreSSMCallback({argument}). "
         f"Small: trained from scratch at the final dimension of the compressed run of the same "
         f"seed. Time: processor seconds of training, looks and reductions included; median over "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ class Settings:
         tolerance: Share of the Hankel energy that each look of the callback may discard; None for
             the callback's own default.
         output: Folder of the results.
+        workers: Processes, one task and seed each; one for each core if not given.
     """
 
     tasks: tuple[TaskName, ...] = one_of(("delay", "digits"), TASKS)
@@ -45,10 +47,12 @@ class Settings:
     steps: int | None = None
     tolerance: float | None = None
     output: Path = Path("results")
+    workers: int = max(1, os.cpu_count() or 1)
 
     def __post_init__(self) -> None:
         if self.steps is not None:
             check_least("--steps", MIN_STEPS, [self.steps])
+        check_least("--workers", 1, [self.workers])
 
     def steps_of(self, task: TaskName) -> int:
         """Optimizer steps of a training."""
@@ -91,7 +95,7 @@ class ArmRun:
 class Watcher(TimedTurns):
     """Time an arm, follow its state dimension and spectra, and move the progress bar."""
 
-    def __init__(self, turns: Turns, run: ArmRun, report: Callable[[int, int], None]) -> None:
+    def __init__(self, turns: Turns, run: ArmRun, report: Callable[[int], None]) -> None:
         super().__init__(turns, run.arm)
         self.run = run
         self.report = report
@@ -128,7 +132,7 @@ class Watcher(TimedTurns):
             spectrum = next(iter(hankel_spectra(pl_module, horizon=length).values()))
             self.run.spectra.append((step, spectrum.tolist()))
         self._read_accuracy(trainer, pl_module)
-        self.report(step, total)
+        self.report(step)
 
     def _read_accuracy(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         step = trainer.global_step
@@ -156,7 +160,7 @@ def run_seed(
     task: TaskName,
     seed: int,
     settings: Settings,
-    report: Callable[[str, int, int], None] = lambda *_: None,
+    report: Callable[[str, int], None] = lambda *_: None,
 ) -> list[ArmRun]:
     """Train the three arms of one seed in turns.
 
@@ -164,7 +168,7 @@ def run_seed(
         task: What is learnt.
         seed: Fixes initialisation, order of the batches and dropout.
         settings: Steps and tolerance.
-        report: Called with arm, step and state dimension after every epoch.
+        report: Called with arm and step after every epoch.
     """
     turns = Turns()
     runs = {arm: ArmRun(task, arm, seed) for arm in ARMS}

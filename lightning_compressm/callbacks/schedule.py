@@ -272,7 +272,9 @@ def schedule_of(
 
     Args:
         by_loss: whether cuts are tried on the loss, which brings its own number of looks.
-        window, every_n_epochs, every_n_steps: as in :class:`Schedule`.
+        window: as in :class:`Schedule`; ``None`` for what goes with the rule.
+        every_n_epochs: as in :class:`Schedule`.
+        every_n_steps: as in :class:`Schedule`.
 
     Raises:
         ValueError: for values out of range.

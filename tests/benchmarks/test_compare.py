@@ -24,9 +24,9 @@ from benchmarks.arms import all_arms
 from benchmarks.arms._base import change_loss, keep_states
 from benchmarks.arms.distillation import divergence
 from benchmarks.arms.last import infinity_norms
+from benchmarks.common import workers
 from benchmarks.common.command import quiet
 from benchmarks.compare import command as compare
-from benchmarks.compare import comparison
 from benchmarks.compare.bench import Bench
 from benchmarks.compare.methods_page import Report, make_methods_page, states
 from benchmarks.compare.statistics import Difference, accuracy, difference, time_to_full
@@ -319,7 +319,7 @@ def test_arguments_that_can_not_be_meant(arguments: list[str]) -> None:
 PARENT = """
 import multiprocessing, os, time
 from concurrent.futures import ProcessPoolExecutor
-from benchmarks.compare.processes import start
+from benchmarks.common.processes import start
 
 if __name__ == "__main__":
     context = multiprocessing.get_context("spawn")
@@ -382,7 +382,7 @@ def test_smoke_suite_and_its_resumption(tmp_path: Path, monkeypatch: pytest.Monk
     tiny = {"steps": 20, "d_state": 16, "calibration_batches": 1}
     tasks = (replace(digits, **tiny), replace(recall, make_data=few_pairs, **tiny))
     monkeypatch.setitem(SUITES, "smoke", replace(SUITES["smoke"], tasks=tasks))
-    monkeypatch.setattr(comparison, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", Here)
     said = io.StringIO()
     monkeypatch.setattr(compare, "make_console", lambda: Console(file=said, width=100))
     assert compare.main(["--suite", "smoke", "--output", str(tmp_path)]) == 0

@@ -1,4 +1,4 @@
-"""What a process of a comparison does first of all."""
+"""What a worker process does first of all."""
 
 from __future__ import annotations
 
