@@ -15,7 +15,7 @@ from .plan import CHOICES, DDP, LAYERS, LINEAR, OPTIMIZERS, TARGETS, plan
 from .run import Figures, Regression, growth, run
 from .watch import digest
 
-REDUCTIONS = 300
+REDUCTIONS = 200
 
 
 def _launch(out: Path, *arguments: str) -> tuple[int | None, list[dict[str, Any]]]:
