@@ -15,6 +15,7 @@ from pathlib import Path
 
 from benchmarks.common.command import check_least, make_console, one_of, parse, prepare
 from benchmarks.common.pages import MNIST, write_part
+from benchmarks.common.processes import start
 from benchmarks.common.tables import markdown_table, rich_table
 from benchmarks.data import SMNISTDataModule
 from benchmarks.mnist.arms import ARMS
@@ -128,7 +129,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     SMNISTDataModule(root=str(settings.root)).prepare_data()  # not by all processes at once
     context = multiprocessing.get_context("spawn")
     results = []
-    with ProcessPoolExecutor(settings.workers, context) as pool:
+    with ProcessPoolExecutor(settings.workers, context, start) as pool:
         jobs = [
             pool.submit(train, arm, seed, settings.steps, settings.root, settings.output)
             for seed in settings.seeds
