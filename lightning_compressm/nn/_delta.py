@@ -1,0 +1,128 @@
+"""The gated delta rule in plain PyTorch, in chunks, and a plain block around it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["GatedDeltaBlock", "gated_delta_rule", "unit"]
+
+_CHUNK = 64
+_KERNEL = 3
+_EPS = 1e-6
+
+
+def gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor
+) -> tuple[Tensor, Tensor]:
+    r"""Run :math:`S_t = a_t S_{t-1} + k_t w_t^\top`, :math:`o_t = S_t^\top q_t`.
+
+    What is written, :math:`w_t = \beta_t (v_t - a_t S_{t-1}^\top k_t)`, is the part of the value
+    that the state does not give for this key already. Within a chunk the :math:`w_t` solve a
+    triangular system; a loop runs over chunks. Decays are exponentials of differences of running
+    sums, so nothing overflows for ``log_decay <= 0``.
+
+    Args:
+        q: queries, (batch, L, H, K).
+        k: keys of norm one, like ``q``.
+        v: values, (batch, L, H, V).
+        log_decay: log of a, (batch, L, H).
+        beta: share of a value that is written, (batch, L, H).
+
+    Returns:
+        The outputs o and what was written, w; both like ``v``.
+
+    Source:
+        Yang, Kautz & Hatamizadeh (2025), "Gated Delta Networks", arXiv 2412.06464, section 3.
+    """
+    heads_first = [t.transpose(1, 2) for t in (q, k, v, log_decay, beta)]
+    state = v.new_zeros(v.shape[0], v.shape[2], k.shape[-1], v.shape[-1])
+    outputs, written = [], []
+    for start in range(0, v.shape[1], _CHUNK):
+        queries, keys, values, logs, rate = (t[:, :, start : start + _CHUNK] for t in heads_first)
+        total = logs.cumsum(-1)
+        mask = torch.ones(len(total[0, 0]), len(total[0, 0]), dtype=torch.bool, device=v.device)
+        decay = (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(~mask.tril(), -math.inf)
+        decay, into = decay.exp(), total.exp().unsqueeze(-1)
+        system = rate.unsqueeze(-1) * (keys @ keys.mT) * decay
+        wanted = rate.unsqueeze(-1) * (values - into * (keys @ state))
+        new = torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True)
+        outputs.append(into * (queries @ state) + ((queries @ keys.mT) * decay) @ new)
+        written.append(new)
+        left = (total[..., -1:] - total).exp().unsqueeze(-1)
+        state = into[:, :, -1:] * state + (left * keys).mT @ new
+    return torch.cat(outputs, 2).transpose(1, 2), torch.cat(written, 2).transpose(1, 2)
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """Vectors along the last dimension, divided by their norms; close to zero they stay small.
+
+    Example:
+        >>> unit(torch.tensor([3.0, 4.0]))
+        tensor([0.6000, 0.8000])
+    """
+    return vectors * torch.rsqrt(vectors.square().sum(-1, keepdim=True) + _EPS)
+
+
+class _GatedNorm(nn.Module):
+    """A root-mean-square norm, times SiLU of a gate."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = _EPS
+
+    def forward(self, inputs: Tensor, gate: Tensor) -> Tensor:
+        """Both (..., size)."""
+        mean = inputs.square().mean(-1, keepdim=True)
+        return self.weight * inputs * torch.rsqrt(mean + self.eps) * F.silu(gate)
+
+
+class GatedDeltaBlock(nn.Module):
+    """A gated DeltaNet layer (arXiv 2412.06464, figure 1), with two value heads for a key head.
+
+    Args:
+        d_model: inputs and outputs.
+        head_k_dim: key channels of a head.
+        key_heads: heads with queries and keys of their own.
+    """
+
+    def __init__(self, d_model: int, head_k_dim: int, key_heads: int = 2) -> None:
+        super().__init__()
+        self.num_k_heads, self.num_v_heads = key_heads, 2 * key_heads
+        self.head_k_dim, self.head_v_dim = head_k_dim, 2 * d_model // self.num_v_heads
+        self.key_dim, self.value_dim = key_heads * head_k_dim, 2 * d_model
+        self.conv_dim = 2 * self.key_dim + self.value_dim
+        self.q_proj = nn.Linear(d_model, self.key_dim, bias=False)
+        self.k_proj = nn.Linear(d_model, self.key_dim, bias=False)
+        self.v_proj = nn.Linear(d_model, self.value_dim, bias=False)
+        self.a_proj = nn.Linear(d_model, self.num_v_heads, bias=False)
+        self.b_proj = nn.Linear(d_model, self.num_v_heads, bias=False)
+        self.g_proj = nn.Linear(d_model, self.value_dim, bias=False)
+        self.conv1d = nn.Conv1d(
+            self.conv_dim, self.conv_dim, _KERNEL, groups=self.conv_dim, padding=_KERNEL - 1
+        )
+        self.A_log = nn.Parameter(torch.linspace(-2, 0, self.num_v_heads))
+        self.dt_bias = nn.Parameter(torch.zeros(self.num_v_heads))
+        self.o_norm = _GatedNorm(self.head_v_dim)
+        self.o_proj = nn.Linear(self.value_dim, d_model, bias=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map (batch, L, d_model) to the same shape."""
+        joined = torch.cat([self.q_proj(inputs), self.k_proj(inputs), self.v_proj(inputs)], -1)
+        mixed = F.silu(self.conv1d(joined.mT)[..., : inputs.shape[1]].mT)
+        q, k, v = mixed.split([self.key_dim, self.key_dim, self.value_dim], -1)
+        each = self.num_v_heads // self.num_k_heads
+        q, k = (
+            unit(t.unflatten(-1, (self.num_k_heads, -1))).repeat_interleave(each, 2) for t in (q, k)
+        )
+        log_decay = -self.A_log.exp() * F.softplus(self.a_proj(inputs) + self.dt_bias)
+        values = v.unflatten(-1, (self.num_v_heads, -1))
+        scaled = q * self.head_k_dim**-0.5
+        y, _ = gated_delta_rule(scaled, k, values, log_decay, self.b_proj(inputs).sigmoid())
+        gate = self.g_proj(inputs).unflatten(-1, (self.num_v_heads, -1))
+        projected: Tensor = self.o_proj(self.o_norm(y, gate).flatten(-2))
+        return projected
