@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lightning_compressm.control.calibration import SelectiveSignals
 from lightning_compressm.errors import UnsupportedLayerError
+from lightning_compressm.families._linear_attention import with_biases
 from lightning_compressm.families._registry import register_family
 from lightning_compressm.families._selective import SelectiveFamily, rows_of_blocks
 from lightning_compressm.families._transformers import config_attributes
@@ -108,7 +109,7 @@ class GatedDeltaNetFamily(SelectiveFamily):
         rows = {"in_proj_qkv": mixed, "conv1d": mixed}
         rows["q_proj"] = rows["k_proj"] = rows_of_blocks(both // 2, 0, keep, n)
         rows["in_proj_qkvz"] = _rows_by_head(module, keep)
-        return _with_biases(module, rows)
+        return with_biases(module, rows)
 
     def attributes(self, module: nn.Module, state_dim: int) -> dict[str, Any]:
         """Also the sizes of the projections and of the convolution."""
@@ -158,7 +159,7 @@ class GatedDeltaNetFamily(SelectiveFamily):
         rows = (n * heads + states).flatten()
         packed = (_rows_of_a_head(module) * heads + states).flatten()
         starts = {"q_proj": rows, "in_proj_qkv": rows, "in_proj_qkvz": packed, "conv1d": rows}
-        return _with_biases(module, starts)
+        return with_biases(module, starts)
 
     def local_tensors(self, module: nn.Module) -> tuple[str, ...]:
         """The projections of queries and keys, and the convolution."""
@@ -205,17 +206,6 @@ def _rows_by_head(module: nn.Module, keep: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
-def _with_biases(module: nn.Module, rows: Mapping[str, Tensor]) -> dict[str, tuple[int, Tensor]]:
-    """Entries along dimension 0 of the weights, and of the biases, of those parts that exist."""
-    parts = {name: getattr(module, name, None) for name in rows}
-    return {
-        f"{name}.{kind}": (0, rows[name])
-        for name, part in parts.items()
-        for kind in ("weight", "bias")
-        if torch.is_tensor(getattr(part, kind, None))
-    }
-
-
 def _projected(module: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What is convolved, the gate, and the inputs of beta and of the decay, (batch, L, ...)."""
     own: Any = module
@@ -239,10 +229,15 @@ def _weight(module: nn.Module, outputs: Tensor, gate: Tensor) -> Tensor:
     layout = _layout(module)
     assert layout is not None
     norm, projection = (getattr(module, name) for name in layout[-2:])
-    epsilon = next((getattr(norm, k) for k in ("variance_epsilon", "eps") if hasattr(norm, k)), 0)
-    size = torch.rsqrt(outputs.square().mean(-1, keepdim=True) + epsilon)
+    size = torch.rsqrt(outputs.square().mean(-1, keepdim=True) + _epsilon(norm))
     # The norm of ones is one: what is left are its weights and the gate.
     gated = norm(torch.ones_like(outputs), gate)
     columns = projection.weight.norm(dim=0).unflatten(0, gate.shape[2:])
     weight: Tensor = gated * size * columns
     return weight
+
+
+def _epsilon(norm: nn.Module) -> float:
+    """What a root-mean-square norm adds to the mean square."""
+    names = (name for name in ("variance_epsilon", "eps") if hasattr(norm, name))
+    return float(getattr(norm, next(names, ""), 0.0))
