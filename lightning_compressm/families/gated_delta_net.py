@@ -136,18 +136,18 @@ class GatedDeltaNetFamily(SelectiveFamily):
         mixed, gate, rate, step = _projected(module, inputs)
         mixed = F.silu(own.conv1d(mixed.mT)[..., : inputs.shape[1]].mT)
         q, k, v = torch.split(mixed, [key_heads * n, key_heads * n, _values(module)], -1)
-        q, k = (unit(t.unflatten(-1, (key_heads, n))) for t in (q, k))
+        q, k = (unit(torch.unflatten(t, -1, (key_heads, n))) for t in (q, k))
         q, v = q * n**-0.5, torch.unflatten(v, -1, (heads, -1))
         beta = rate.sigmoid() * (2 if getattr(module, "allow_neg_eigval", False) else 1)
         decay = own.A_log.exp() * F.softplus(step + own.dt_bias)
         decay = decay.clamp(min=_SMALLEST_STEP)
-        every = (t.repeat_interleave(each, 2) for t in (q, k))
-        outputs, written = gated_delta_rule(*every, v, -decay, beta)
+        queries, keys = (t.repeat_interleave(each, 2) for t in (q, k))
+        outputs, written = gated_delta_rule(queries, keys, v, -decay, beta)
         weight = _weight(module, outputs, torch.unflatten(gate, -1, (heads, -1)))
         dt = decay.unsqueeze(-1).expand_as(written)
 
         def by_group(values: Tensor) -> Tensor:
-            return values.flatten(2).unflatten(-1, (key_heads, -1))
+            return torch.unflatten(values.flatten(2), -1, (key_heads, -1))
 
         x = by_group(written / dt)
         A = -x.new_ones(x.shape[2:]).unsqueeze(-1)

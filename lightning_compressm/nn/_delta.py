@@ -114,13 +114,13 @@ class GatedDeltaBlock(nn.Module):
         """Map (batch, L, d_model) to the same shape."""
         joined = torch.cat([self.q_proj(inputs), self.k_proj(inputs), self.v_proj(inputs)], -1)
         mixed = F.silu(self.conv1d(joined.mT)[..., : inputs.shape[1]].mT)
-        q, k, v = mixed.split([self.key_dim, self.key_dim, self.value_dim], -1)
+        q, k, v = torch.split(mixed, [self.key_dim, self.key_dim, self.value_dim], -1)
         each = self.num_v_heads // self.num_k_heads
         q, k = (
-            unit(t.unflatten(-1, (self.num_k_heads, -1))).repeat_interleave(each, 2) for t in (q, k)
+            unit(torch.unflatten(t, -1, (self.num_k_heads, -1))).repeat_interleave(each, 2) for t in (q, k)
         )
         log_decay = -self.A_log.exp() * F.softplus(self.a_proj(inputs) + self.dt_bias)
-        values = v.unflatten(-1, (self.num_v_heads, -1))
+        values = torch.unflatten(v, -1, (self.num_v_heads, -1))
         scaled = q * self.head_k_dim**-0.5
         y, _ = gated_delta_rule(scaled, k, values, log_decay, self.b_proj(inputs).sigmoid())
         gate = self.g_proj(inputs).unflatten(-1, (self.num_v_heads, -1))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,7 +31,7 @@ def decaying_attention(
 
     Example:
         >>> one = torch.ones(1, 1, 3, 1)
-        >>> outputs, _ = decaying_attention(one, one, one, torch.tensor([[[math.log(2)]]]))
+        >>> outputs, _ = decaying_attention(one, one, one, torch.tensor([[[2.0]]]).log())
         >>> outputs.flatten()
         tensor([1.0000, 1.5000, 1.7500])
     """
@@ -79,8 +77,9 @@ class LightningAttentionBlock(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Map (batch, L, d_model) to the same shape."""
         n = self.head_k_dim
-        by_head = F.silu(self.qkv_proj(inputs)).unflatten(-1, (self.num_attention_heads, -1))
-        q, k, v = by_head.transpose(1, 2).split([n, n, self.head_dim], -1)
+        mixed = F.silu(self.qkv_proj(inputs))
+        by_head = torch.unflatten(mixed, -1, (self.num_attention_heads, -1))
+        q, k, v = torch.split(by_head.transpose(1, 2), [n, n, self.head_dim], -1)
         y, _ = decaying_attention(q, k, v, self.get_buffer("slope_rate"))
         y = self.norm(y.transpose(1, 2).flatten(2))
         projected: Tensor = self.out_proj(torch.sigmoid(self.output_gate(inputs)) * y)
