@@ -117,7 +117,8 @@ class GatedDeltaBlock(nn.Module):
         q, k, v = torch.split(mixed, [self.key_dim, self.key_dim, self.value_dim], -1)
         each = self.num_v_heads // self.num_k_heads
         q, k = (
-            unit(torch.unflatten(t, -1, (self.num_k_heads, -1))).repeat_interleave(each, 2) for t in (q, k)
+            unit(torch.unflatten(t, -1, (self.num_k_heads, -1))).repeat_interleave(each, 2)
+            for t in (q, k)
         )
         log_decay = -self.A_log.exp() * F.softplus(self.a_proj(inputs) + self.dt_bias)
         values = torch.unflatten(v, -1, (self.num_v_heads, -1))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_compressm import compress, find_ssm_layers, load_compressed
+from lightning_compressm import compress, find_ssm_layers, load_compressed, pad_state_dim
 from lightning_compressm.compat import enable_minimax_key_channels
 from lightning_compressm.errors import UnsupportedLayerError
 from lightning_compressm.families import SelectiveFamily
@@ -68,7 +68,7 @@ def loaded(path: Path) -> Any:
         return transformers.AutoModelForCausalLM.from_pretrained(path).eval()
 
 
-def sizes(model: nn.Module) -> dict[str, Any]:
+def sizes_of(model: nn.Module) -> dict[str, Any]:
     """Everything in a model that says how big something is, but for what is in its config."""
     found: dict[str, Any] = {}
     for path, module in model.named_modules():
@@ -139,7 +139,7 @@ def test_weights_are_the_slope_of_the_output(name: str):
 def test_a_cut_model_is_one_built_with_fewer_channels(name: str):
     model = cut(name)
     assert model.config.linear_key_head_dim == CUT
-    assert sizes(model) == sizes(transformers.AutoModelForCausalLM.from_config(model.config))
+    assert sizes_of(model) == sizes_of(transformers.AutoModelForCausalLM.from_config(model.config))
     assert torch.isfinite(logits(model)).all()
     assert relative(logits(model), logits(model_like(name))) > 1e-3
 
@@ -192,13 +192,31 @@ def test_different_state_dims_can_not_be_loaded_as_something_else(name: str, tmp
     assert torch.equal(logits(fresh), logits(model))
 
 
+def test_uneven_layers_are_padded_where_nothing_is_normalised(tmp_path: Path):
+    first = next(iter(find_ssm_layers(model_like("minimax"))))
+    model = cut("minimax", share_state_dim=False, layers=[first])
+    before = logits(model)
+    pad_state_dim(model)
+    assert {layer.state_dim for layer in find_ssm_layers(model).values()} == {STATES}
+    assert relative(logits(model), before) < 2e-6
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(loaded(tmp_path)), logits(model))
+
+
+def test_uneven_layers_are_not_padded_where_channels_are_normalised():
+    first = next(iter(find_ssm_layers(model_like("qwen3_5"))))
+    model = cut("qwen3_5", share_state_dim=False, layers=[first])
+    with pytest.raises(UnsupportedLayerError, match="normalises B and C"):
+        pad_state_dim(model)
+
+
 @each_kind
 def test_load_state_dict_resizes_the_model_with_its_config(name: str):
     small, big = cut(name), build(name)
     install_resize_hooks(big)
     big.load_state_dict(small.state_dict())
     assert big.config.to_dict() == small.config.to_dict()
-    assert sizes(big) == sizes(small)
+    assert sizes_of(big) == sizes_of(small)
     assert torch.equal(logits(big), logits(small))
 
 
@@ -306,3 +324,41 @@ def test_layers_built_before_they_could_have_key_channels_are_refused():
     with pytest.raises(UnsupportedLayerError, match=r"enable_minimax_key_channels\(\) before"):
         _cut(model)
     assert torch.equal(logits(model), before)
+
+
+WITHOUT_STATES = {
+    "Lfm2": (
+        {"layer_types": ["conv", "full_attention"], "num_key_value_heads": 2},
+        r"Lfm2ShortConv is a short convolution.* Lfm2Attention is attention",
+    ),
+    "RecurrentGemma": (
+        {"lru_width": 32, "num_hidden_layers": 3},
+        r"RecurrentGemmaRglru is a recurrence with one state for each channel",
+    ),
+    "KimiLinear": (
+        {
+            "layer_types": ["linear_attention", "full_attention"],
+            "num_key_value_heads": 4,
+            "linear_num_heads": 2,
+            "linear_head_dim": 8,
+            "moe_intermediate_size": 16,
+            "num_local_experts": 2,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+        r"layers\.0\.self_attn can't be reduced: KimiLinearDeltaAttention .*one head_dim",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_STATES)
+def test_what_can_not_be_reduced_is_named(name: str):
+    config = getattr(transformers, f"{name}Config", None)
+    if config is None:
+        pytest.skip("transformers is older")
+    arguments, message = WITHOUT_STATES[name]
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
+    sizes |= {"num_hidden_layers": 2, "pad_token_id": 0} | arguments
+    model = transformers.AutoModelForCausalLM.from_config(config(vocab_size=50, **sizes))
+    with pytest.raises(UnsupportedLayerError, match=message):
+        _cut(model)
