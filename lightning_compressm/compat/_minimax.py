@@ -93,7 +93,7 @@ def _forward(shipped: Callable[..., Any]) -> Callable[..., Any]:
         q, k, v = by_head.split([n, n, self.head_dim], -1)
         cache = past_key_values
         state = None if cache is None else cache.get_linear_cache(self.layer_idx)
-        outputs, state = decaying_attention(q, k, v, self.slope_rate.to(v.dtype), state)
+        outputs, state = decaying_attention(q, k, v, self.slope_rate, state)
         if cache is not None:
             cache.set_linear_cache(self.layer_idx, state)
         outputs = self.norm(outputs.transpose(1, 2).flatten(2))

@@ -37,10 +37,11 @@ def decaying_attention(
     """
     length = v.shape[2]
     chunk = min(_CHUNK, length)
-    steps = torch.arange(chunk, device=v.device, dtype=v.dtype)
-    ahead = steps.unsqueeze(-1) - steps
-    within = (-rate * ahead.clamp(min=0)).exp() * (ahead >= 0)
-    into = (-rate * (steps + 1).unsqueeze(-1)).exp()
+    # In half precision the exponents would be too coarse.
+    steps = torch.arange(chunk, device=v.device, dtype=torch.promote_types(v.dtype, torch.float32))
+    ahead, rate = steps.unsqueeze(-1) - steps, rate.to(steps.dtype)
+    within = ((-rate * ahead.clamp(min=0)).exp() * (ahead >= 0)).to(v.dtype)
+    into = (-rate * (steps + 1).unsqueeze(-1)).exp().to(v.dtype)
     S = v.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1]) if state is None else state
     outputs = []
     for start in range(0, length, chunk):

@@ -168,6 +168,21 @@ def test_padding_on_the_left_changes_nothing(name: str):
     with torch.no_grad():
         output = model(padded, attention_mask=mask, position_ids=places, use_cache=False).logits
     assert relative(output[:, 3:], logits(model, ids)) < 1e-4
+    longer = model.generate(padded, attention_mask=mask, max_new_tokens=4, do_sample=False)
+    whole = torch.ones_like(ids)
+    plain = model.generate(ids, attention_mask=whole, max_new_tokens=4, do_sample=False)
+    assert torch.equal(longer[:, 11:], plain[:, 8:])
+
+
+@each_kind
+def test_half_precision_is_cut_and_refitted_in_single(name: str):
+    model = model_like(name).to(torch.bfloat16)
+    _cut(model, refit=True, layers=[next(iter(find_ssm_layers(model)))], share_state_dim=False)
+    module = next(iter(find_ssm_layers(model).values())).module
+    assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+    whole = logits(model)
+    assert torch.isfinite(whole).all()
+    assert relative(whole.float(), logits(model.float())) < 0.1
 
 
 @each_kind
