@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lightning_compressm.nn._autocast import full_precision
 
 __all__ = ["GatedDeltaBlock", "gated_delta_rule", "unit"]
 
@@ -23,7 +26,8 @@ def gated_delta_rule(
     What is written, :math:`w_t = \beta_t (v_t - a_t S_{t-1}^\top k_t)`, is the part of the value
     that the state does not give for this key already. Within a chunk the :math:`w_t` solve a
     triangular system; a loop runs over chunks. Decays are exponentials of differences of running
-    sums, so nothing overflows for ``log_decay <= 0``.
+    sums, so nothing overflows for ``log_decay <= 0``. Computed in float32, or in float64 if the
+    values are, under autocast as well.
 
     Args:
         q: queries, (batch, L, H, K).
@@ -38,10 +42,19 @@ def gated_delta_rule(
     Source:
         Yang, Kautz & Hatamizadeh (2025), "Gated Delta Networks", arXiv 2412.06464, section 3.
     """
-    heads_first = [t.transpose(1, 2) for t in (q, k, v, log_decay, beta)]
-    state = v.new_zeros(v.shape[0], v.shape[2], k.shape[-1], v.shape[-1])
+    wide = torch.promote_types(v.dtype, torch.float32)
+    with full_precision(v.device):
+        given = [t.to(wide).transpose(1, 2) for t in (q, k, v, log_decay, beta)]
+        outputs, written = _in_chunks(given)
+    return outputs.transpose(1, 2).to(v.dtype), written.transpose(1, 2).to(v.dtype)
+
+
+def _in_chunks(heads_first: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The same with heads before time."""
+    _, k, v, _, _ = heads_first
+    state = v.new_zeros(*v.shape[:2], k.shape[-1], v.shape[-1])
     outputs, written = [], []
-    for start in range(0, v.shape[1], _CHUNK):
+    for start in range(0, v.shape[2], _CHUNK):
         queries, keys, values, logs, rate = (t[:, :, start : start + _CHUNK] for t in heads_first)
         total = logs.cumsum(-1)
         mask = torch.ones(len(total[0, 0]), len(total[0, 0]), dtype=torch.bool, device=v.device)
@@ -54,7 +67,7 @@ def gated_delta_rule(
         written.append(new)
         left = (total[..., -1:] - total).exp().unsqueeze(-1)
         state = into[:, :, -1:] * state + (left * keys).mT @ new
-    return torch.cat(outputs, 2).transpose(1, 2), torch.cat(written, 2).transpose(1, 2)
+    return torch.cat(outputs, 2), torch.cat(written, 2)
 
 
 def unit(vectors: Tensor) -> Tensor:
@@ -96,34 +109,31 @@ class GatedDeltaBlock(nn.Module):
         self.head_k_dim, self.head_v_dim = head_k_dim, 2 * d_model // self.num_v_heads
         self.key_dim, self.value_dim = key_heads * head_k_dim, 2 * d_model
         self.conv_dim = 2 * self.key_dim + self.value_dim
-        self.q_proj = nn.Linear(d_model, self.key_dim, bias=False)
-        self.k_proj = nn.Linear(d_model, self.key_dim, bias=False)
-        self.v_proj = nn.Linear(d_model, self.value_dim, bias=False)
-        self.a_proj = nn.Linear(d_model, self.num_v_heads, bias=False)
-        self.b_proj = nn.Linear(d_model, self.num_v_heads, bias=False)
-        self.g_proj = nn.Linear(d_model, self.value_dim, bias=False)
+        self.in_proj_qkv = nn.Linear(d_model, self.conv_dim, bias=False)
+        self.in_proj_z = nn.Linear(d_model, self.value_dim, bias=False)
+        self.in_proj_b = nn.Linear(d_model, self.num_v_heads, bias=False)
+        self.in_proj_a = nn.Linear(d_model, self.num_v_heads, bias=False)
         self.conv1d = nn.Conv1d(
             self.conv_dim, self.conv_dim, _KERNEL, groups=self.conv_dim, padding=_KERNEL - 1
         )
         self.A_log = nn.Parameter(torch.linspace(-2, 0, self.num_v_heads))
         self.dt_bias = nn.Parameter(torch.zeros(self.num_v_heads))
-        self.o_norm = _GatedNorm(self.head_v_dim)
-        self.o_proj = nn.Linear(self.value_dim, d_model, bias=False)
+        self.norm = _GatedNorm(self.head_v_dim)
+        self.out_proj = nn.Linear(self.value_dim, d_model, bias=False)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map (batch, L, d_model) to the same shape."""
-        joined = torch.cat([self.q_proj(inputs), self.k_proj(inputs), self.v_proj(inputs)], -1)
-        mixed = F.silu(self.conv1d(joined.mT)[..., : inputs.shape[1]].mT)
+        mixed = F.silu(self.conv1d(self.in_proj_qkv(inputs).mT)[..., : inputs.shape[1]].mT)
         q, k, v = torch.split(mixed, [self.key_dim, self.key_dim, self.value_dim], -1)
         each = self.num_v_heads // self.num_k_heads
         q, k = (
             unit(torch.unflatten(t, -1, (self.num_k_heads, -1))).repeat_interleave(each, 2)
             for t in (q, k)
         )
-        log_decay = -self.A_log.exp() * F.softplus(self.a_proj(inputs) + self.dt_bias)
+        log_decay = -self.A_log.exp() * F.softplus(self.in_proj_a(inputs) + self.dt_bias)
         values = torch.unflatten(v, -1, (self.num_v_heads, -1))
         scaled = q * self.head_k_dim**-0.5
-        y, _ = gated_delta_rule(scaled, k, values, log_decay, self.b_proj(inputs).sigmoid())
-        gate = self.g_proj(inputs).unflatten(-1, (self.num_v_heads, -1))
-        projected: Tensor = self.o_proj(self.o_norm(y, gate).flatten(-2))
+        y, _ = gated_delta_rule(scaled, k, values, log_decay, self.in_proj_b(inputs).sigmoid())
+        gate = self.in_proj_z(inputs).unflatten(-1, (self.num_v_heads, -1))
+        projected: Tensor = self.out_proj(self.norm(y, gate).flatten(-2))
         return projected
