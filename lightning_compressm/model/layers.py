@@ -16,7 +16,7 @@ from lightning_compressm._tensors import replaceable
 from lightning_compressm.errors import CompreSSMError, UnsupportedLayerError
 from lightning_compressm.families import find_family, named_layers, registered_families
 from lightning_compressm.families._base import FamilyBase, tensor_of
-from lightning_compressm.families._refused import refusal_reason
+from lightning_compressm.families._refused import nothing_to_reduce, refusal_reason
 
 __all__ = ["SSMLayer", "find_ssm_layers", "select_layers"]
 
@@ -235,7 +235,10 @@ def _nothing_found(model: nn.Module) -> str:
     counts = Counter(type(module).__name__ for module in model.modules())
     seen = ", ".join(f"{name} x{count}" for name, count in counts.most_common(12))
     known = "; ".join(sorted(registered_families()))
+    named = {type(module).__name__: nothing_to_reduce(module) for module in model.modules()}
+    empty = "".join(f" {name} is {what}." for name, what in named.items() if what)
     return (
-        f"no SSM layer found in {type(model).__name__}. Looked at: {seen}. Known families: {known}."
+        f"no SSM layer found in {type(model).__name__}.{empty} Looked at: {seen}. "
+        f"Known families: {known}."
         " Register a Family for your own layer with lightning_compressm.register_family."
     )

@@ -38,7 +38,8 @@ def pad_state_dim(model: ModuleT, state_dim: int | None = None) -> ModuleT:
     Raises:
         ValueError: if ``state_dim`` is smaller than the state dimension of a layer.
         UnsupportedLayerError: if there is no selective layer, or if one that needs padding
-            normalises B and C over the states (FalconMamba, Jamba), which padding would change.
+            normalises B and C over the states (FalconMamba, Jamba, Gated DeltaNet), which padding
+            would change.
         CompreSSMError: if a tensor can't be replaced. The model is untouched then.
 
     Example:

@@ -12,11 +12,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_compressm import CompreSSMCallback, find_ssm_layers
-from lightning_compressm.compat import enable_fast_mamba_cpu, enable_mamba_ssm_cpu
+from lightning_compressm.compat import (
+    enable_fast_mamba_cpu,
+    enable_mamba_ssm_cpu,
+    enable_minimax_key_channels,
+)
 
 from .helpers import trainer
 
 TOKENS, LENGTH, BATCH, BATCHES = 12, 16, 8, 4
+LINEAR_ATTENTION = {"qwen3_next": "Qwen3NextConfig", "minimax": "MiniMaxConfig"}
 
 
 def make_blocks(kind: str) -> nn.Module:
@@ -27,6 +32,8 @@ def make_blocks(kind: str) -> nn.Module:
 
         config = MambaConfig(vocab_size=TOKENS, hidden_size=16, num_hidden_layers=2, state_size=16)
         return MambaForCausalLM(config)
+    if kind in LINEAR_ATTENTION:
+        return _linear_attention(kind)
     enable_mamba_ssm_cpu()
     from mamba_ssm import Mamba, Mamba2
 
@@ -35,6 +42,32 @@ def make_blocks(kind: str) -> nn.Module:
 
     blocks = [nn.Sequential(nn.RMSNorm(16), block()) for _ in range(2)]
     return nn.Sequential(nn.Embedding(TOKENS, 16), *blocks, nn.Linear(16, TOKENS))
+
+
+def _linear_attention(kind: str) -> nn.Module:
+    """Two layers of linear attention; experts that all take part leave nothing unused."""
+    import transformers
+
+    enable_minimax_key_channels()
+    sizes: dict[str, Any] = {
+        "vocab_size": TOKENS,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "layer_types": ["linear_attention"] * 2,
+        "intermediate_size": 16,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "use_cache": False,
+    }
+    delta = {"linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 2}
+    extra: dict[str, Any] = {
+        "qwen3_next": {**delta, "linear_key_head_dim": 16, "mlp_only_layers": [0, 1]},
+        "minimax": {"num_local_experts": 2, "num_experts_per_tok": 2, "block_size": 8},
+    }[kind]
+    config = getattr(transformers, LINEAR_ATTENTION[kind])(**sizes, **extra)
+    model: nn.Module = transformers.AutoModelForCausalLM.from_config(config)
+    return model
 
 
 class Recall(pl.LightningModule):
@@ -66,7 +99,15 @@ def loader() -> DataLoader[Any]:
     return DataLoader(TensorDataset(torch.cat([half, half], 1)), batch_size=BATCH)
 
 
-def run(kind: str, tmp: Path, *, devices: int = 1, **arguments: Any) -> dict[str, Any]:
+def run(
+    kind: str,
+    tmp: Path,
+    *,
+    devices: int = 1,
+    saving: pl.Callback | None = None,
+    ckpt_path: Path | None = None,
+    **arguments: Any,
+) -> dict[str, Any]:
     """Train through a reduction to 4 of 16 states, or by the loss where the kind says so."""
     kind, _, budget = kind.partition("+")
     model = Recall(kind)
@@ -79,9 +120,12 @@ def run(kind: str, tmp: Path, *, devices: int = 1, **arguments: Any) -> dict[str
         strategy = {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": devices}
     else:
         strategy = {}
-    fit = trainer(tmp, callback, max_epochs=4, **strategy)
-    fit.fit(model, loader())
+    kept = [] if saving is None else [saving]
+    options = {"max_epochs": 4, "enable_checkpointing": bool(kept), **strategy}
+    fit = trainer(tmp, callback, *kept, **options)
+    fit.fit(model, loader(), ckpt_path=ckpt_path)
     held = {id(p) for group in fit.optimizers[0].param_groups for p in group["params"]}
+    config = getattr(model.net, "config", None)
     return {
         "state_dict": model.state_dict(),
         "history": [{**event, "seconds": 0.0} for event in callback.history],
@@ -89,4 +133,6 @@ def run(kind: str, tmp: Path, *, devices: int = 1, **arguments: Any) -> dict[str
         "found": {name: layer.state_dim for name, layer in find_ssm_layers(model).items()},
         "losses": model.losses,
         "in_optimizer": held == {id(p) for p in model.parameters()},
+        "optimizer": fit.optimizers[0].state_dict(),
+        "config": None if config is None else config.to_dict(),
     }

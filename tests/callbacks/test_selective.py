@@ -19,7 +19,12 @@ from .helpers import BATCHES, Classifier, Plain, StatefulLoader, trainer
 from .test_ddp import _load
 
 BY_LOSS = "mamba+budget"
-KINDS = {"mamba": "mamba_ssm", "mamba2": "mamba_ssm", "transformers": "transformers"}
+KINDS = {
+    "mamba": "mamba_ssm",
+    "mamba2": "mamba_ssm",
+    "transformers": "transformers",
+    **dict.fromkeys(selective_models.LINEAR_ATTENTION, "transformers"),
+}
 
 
 def _need(kind: str) -> None:
@@ -117,6 +122,25 @@ def test_resumes_from_every_kind_of_checkpoint(tmp_path: Path) -> None:
         again.fit(model, StatefulLoader(), helpers.loader(1), ckpt_path=path)
         assert [e["step"] for e in resumed.history] == looks
         assert model.net.first.d_state == 4
+
+
+@pytest.mark.parametrize("kind", selective_models.LINEAR_ATTENTION)
+def test_resumes_with_a_config_that_follows(kind: str, tmp_path: Path) -> None:
+    """From after a reduction, and from the end of the epoch in which it was decided."""
+    _need(kind)
+    settings = {"share_state_dim": True, "refit": False, "max_output_error": None}
+    saving = ModelCheckpoint(
+        tmp_path, "{step}", save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True
+    )
+    whole = selective_models.run(kind, tmp_path, saving=saving, **settings)
+    for step in (selective_models.BATCHES, 3 * selective_models.BATCHES):
+        path = tmp_path / f"step={step}.ckpt"
+        again = selective_models.run(kind, tmp_path, ckpt_path=path, **settings)
+        assert again["losses"] == whole["losses"][step:]
+        assert helpers.same(again["state_dict"], whole["state_dict"])
+        assert helpers.same(again["optimizer"], whole["optimizer"])
+        assert again["config"] == whole["config"]
+        assert again["config"]["linear_key_head_dim"] == 4
 
 
 def test_a_layer_that_training_never_calls_is_named(tmp_path: Path) -> None:

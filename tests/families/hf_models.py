@@ -121,12 +121,67 @@ KINDS = {
     ),
 }
 
+_HYBRID = {
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+}
+_DELTA = {
+    "linear_value_head_dim": 6,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    **_HYBRID,
+}
+_QWEN_EXPERTS = {
+    "num_experts": 2,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+
+LINEAR_ATTENTION = {
+    "qwen3_next": Kind(
+        "Qwen3NextConfig",
+        {**_DELTA, **_QWEN_EXPERTS, "mlp_only_layers": [0]},
+        "linear_key_head_dim",
+        "Gated DeltaNet",
+    ),
+    "qwen3_5": Kind("Qwen3_5TextConfig", _DELTA, "linear_key_head_dim", "Gated DeltaNet"),
+    "qwen3_5_moe": Kind(
+        "Qwen3_5MoeTextConfig",
+        {**_DELTA, **_QWEN_EXPERTS},
+        "linear_key_head_dim",
+        "Gated DeltaNet",
+    ),
+    "olmo_hybrid": Kind(
+        "OlmoHybridConfig",
+        {**_DELTA, "head_dim": 8, "linear_allow_neg_eigval": True, "pad_token_id": None},
+        "linear_key_head_dim",
+        "Gated DeltaNet",
+    ),
+    "minimax": Kind(
+        "MiniMaxConfig",
+        {**_HYBRID, "block_size": 5, "num_local_experts": 2, "num_experts_per_tok": 2},
+        "linear_key_head_dim",
+        "Lightning attention",
+    ),
+}
+
+
+_STIRRED = (
+    *("in_proj", "conv1d", "x_proj", "out_proj", "o_proj", "output_gate"),
+    *("q_proj", "k_proj", "v_proj", "qkv_proj", "g_proj", "a_proj", "b_proj"),
+)
+
 
 def build(name: str) -> Any:
     """A new model whose SSM layers matter: fresh ones hardly use their states."""
     import transformers
 
-    kind = KINDS[name]
+    kind = (KINDS | LINEAR_ATTENTION)[name]
     config = getattr(transformers, kind.config)(
         vocab_size=VOCABULARY, hidden_size=32, **{kind.states: STATES}, **kind.arguments
     )
@@ -142,11 +197,13 @@ def build(name: str) -> Any:
 @torch.no_grad()
 def _stir(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
-        if name == "A_log":
+        if name == "A_log" and hasattr(module, "head_k_dim"):
+            parameter.uniform_(-3, 0)  # fresh ones forget everything within a step
+        elif name == "A_log":
             parameter += 0.3 * torch.randn_like(parameter)
         elif name in ("dt_bias", "dt_proj_bias", "dt_proj.bias"):
             parameter.uniform_(-2, 0)
-        elif name.startswith(("in_proj", "conv1d", "x_proj", "out_proj")):
+        elif name.startswith(_STIRRED):
             parameter.normal_(0, 0.5 if name.startswith("conv1d") else 0.3)
 
 

@@ -175,6 +175,17 @@ def test_it_can_be_left_out(patterns: dict[str, list[str]]):
     assert list(find_ssm_layers(model)) == ["lru"]
 
 
+def test_sequence_layers_without_states_are_named_where_nothing_else_is_found():
+    short = type("TinyShortConv", (nn.Conv1d,), {})(2, 2, 3)
+    model = nn.Sequential(nn.Linear(2, 2), nn.MultiheadAttention(2, 1), short)
+    with pytest.raises(UnsupportedLayerError) as caught:
+        select_layers(model)
+    said = str(caught.value)
+    assert "MultiheadAttention is attention, which keeps all keys" in said
+    assert "TinyShortConv is a short convolution, which has no state. Looked at: " in said
+    assert " Linear is" not in said
+
+
 def test_a_subclass_is_refused_and_leaving_out_all_is_an_error():
     own = type("Own", (type(_mamba3()),), {})(2, 2)
     with pytest.raises(UnsupportedLayerError, match="the model can't be reduced: Own rotates"):

@@ -246,7 +246,8 @@ def test_nan_is_refused_and_the_layer_named(family: SelectiveFamily, where: str)
         inputs[0, 3, 0] = torch.nan
     else:
         with torch.no_grad():
-            layer.A_log.view(-1)[0] = torch.nan
+            rates = layer.A_log if hasattr(layer, "A_log") else layer.slope_rate
+            rates.view(-1)[0] = torch.nan
     if where == "parameter" and "A_log" not in family.state_axes(layer):
         where = "data"  # found in the statistics
     before = _state(model)
