@@ -287,8 +287,11 @@ def test_two_models_from_one_config_do_not_change_each_other(
     assert all(m.config is shared for m in (both, both.teacher))
     holders = [m.config for m in both.student.modules() if hasattr(m, "config")]
     assert len({id(config) for config in holders}) == 1 < len(holders)
-    assert torch.equal(logits(loaded(saved(both.teacher, tmp_path / "a"))), expected)
-    assert torch.equal(logits(loaded(saved(both.student, tmp_path / "b"))), logits(both.student))
+    # Not to the bit: loaded tensors lie elsewhere in memory, which changes how they are summed up.
+    torch.testing.assert_close(logits(loaded(saved(both.teacher, tmp_path / "a"))), expected)
+    torch.testing.assert_close(
+        logits(loaded(saved(both.student, tmp_path / "b"))), logits(both.student)
+    )
 
 
 def test_a_change_that_fails_leaves_the_shared_config_in_place():

@@ -75,7 +75,7 @@ def test_layers_with_parameters_that_train_are_exported(kind: type[nn.Module], m
         assert_equal(exported(x), layer(x))
 
 
-@from_torch_2_7
+@from_torch("2.13", "an open batch is not taken for one")
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", LAYERS)
 def test_strict_export(kind: type[nn.Module]):
@@ -86,7 +86,7 @@ def test_strict_export(kind: type[nn.Module]):
         assert_equal(exported(x), layer(x))
 
 
-@from_torch_2_7
+@from_torch("2.13", "an open batch is not taken for one")
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", LAYERS)
 def test_batch_and_length_stay_open_also_after_a_reduction(kind: type[nn.Module]):
