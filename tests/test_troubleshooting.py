@@ -105,7 +105,9 @@ def test_errors_that_users_meet_are_on_the_page(path: Path):
     missing = [
         f"line {line}: {message}"
         for line, kind, message in messages(path)
-        if kind not in INNER and message not in PLAIN and not any(quotes(entry, message) for entry in entries())
+        if kind not in INNER
+        and message not in PLAIN
+        and not any(quotes(entry, message) for entry in entries())
     ]
     assert not missing, "\n".join(missing)
 
