@@ -104,7 +104,8 @@ def test_every_page_is_in_the_contents():
 def test_every_tutorial_is_in_the_contents_and_has_code():
     listed = set((ROOT / "docs" / "tutorials" / "index.md").read_text().split())
     pages = [path for path in TUTORIALS if path.stem != "index"]
-    assert pages and {path.stem for path in pages} <= listed
+    assert pages
+    assert {path.stem for path in pages} <= listed
     for path in pages:
         assert path.read_text().startswith("---\njupytext:"), "else the build runs no cell"
         assert [code for _, kind, code in blocks(path.read_text()) if kind == "{code-cell}"]

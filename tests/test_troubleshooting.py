@@ -1,4 +1,4 @@
-"""The troubleshooting page quotes errors as the source has them, and leaves none of the user's out."""
+"""The troubleshooting page quotes errors as the source has them, and covers those of users."""
 
 from __future__ import annotations
 

@@ -65,8 +65,8 @@ standard error over the seeds. **Bold**: more than two standard errors.
 
 {markdown_table(header, rows)}
 Where it does not help is said [below](#where-it-does-not-help), and then come
-[how it was measured](#how-it-was-measured) and all tables. [](methods.md) has more methods, at sizes
-chosen by hand, and recall tasks with Mamba layers.
+[how it was measured](#how-it-was-measured) and all tables. [](methods.md) has more methods, at
+sizes chosen by hand, and recall tasks with Mamba layers.
 """
 
 
