@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 _SOURCES = b"".join(p.read_bytes() for p in sorted(ROOT.glob("lightning_compressm/**/*.py")))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm misses ipywidgets
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(
     ROOT / "docs" / "_build" / "tutorials" / hashlib.sha256(_SOURCES).hexdigest()[:12]
