@@ -18,7 +18,12 @@ from lightning_compressm.families import _registry
 from .features import from_torch
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *TUTORIALS,
+]
 BLOCK = re.compile(r"^```(?P<language>[\w{}-]+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -82,6 +87,7 @@ def test_code_runs(path: Path):
 @pytest.mark.parametrize("path", PAGES, ids=_page)
 def test_code_blocks_are_run_or_no_python(path: Path):
     known = {"python", "pycon", "console", "text", "bibtex", "{eval-rst}", "{toctree}"}
+    known |= {"{code-cell}"} if path in TUTORIALS else set()
     assert {language for _, language, _ in blocks(path.read_text())} <= known
 
 
@@ -100,6 +106,16 @@ def test_internal_links_resolve(path: Path):
 def test_every_page_is_in_the_contents():
     listed = set((ROOT / "docs" / "index.md").read_text().split())
     assert not [p.stem for p in (ROOT / "docs").glob("*.md") if p.stem not in listed | {"index"}]
+
+
+def test_every_tutorial_is_in_the_contents_and_has_code():
+    listed = set((ROOT / "docs" / "tutorials" / "index.md").read_text().split())
+    pages = [path for path in TUTORIALS if path.stem != "index"]
+    assert pages
+    assert {path.stem for path in pages} <= listed
+    for path in pages:
+        assert path.read_text().startswith("---\njupytext:"), "else the build runs no cell"
+        assert [code for _, kind, code in blocks(path.read_text()) if kind == "{code-cell}"]
 
 
 def test_readme_has_a_place_for_the_demo():
