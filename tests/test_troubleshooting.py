@@ -91,17 +91,17 @@ def helper_texts() -> list[str]:
 
 
 @pytest.mark.parametrize("entry", entries())
-def test_what_the_page_quotes_is_in_the_source(entry: str):
+def test_what_the_page_quotes_is_in_the_source(entry: str) -> None:
     if entry not in TORCH:
         assert any(quotes(entry, message) for message in [*EVERYWHERE, *helper_texts()])
 
 
-def test_no_text_has_two_entries():
+def test_no_text_has_two_entries() -> None:
     assert len(set(entries())) == len(entries())
 
 
 @pytest.mark.parametrize("path", COVERED, ids=lambda path: path.relative_to(PACKAGE).as_posix())
-def test_errors_that_users_meet_are_on_the_page(path: Path):
+def test_errors_that_users_meet_are_on_the_page(path: Path) -> None:
     missing = [
         f"line {line}: {message}"
         for line, kind, message in messages(path)
@@ -113,10 +113,10 @@ def test_errors_that_users_meet_are_on_the_page(path: Path):
 
 
 @pytest.mark.parametrize("entry", entries())
-def test_entries_say_enough_to_be_searched_for(entry: str):
+def test_entries_say_enough_to_be_searched_for(entry: str) -> None:
     assert max(map(len, entry.split("..."))) >= SHORTEST
 
 
-def test_the_check_can_fail():
+def test_the_check_can_fail() -> None:
     assert quotes("expected a ... window", f"{ANY}: expected a {ANY} window, got {ANY}")
     assert not quotes("expected a window", f"expected a {ANY} window")
