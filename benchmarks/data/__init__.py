@@ -1,8 +1,9 @@
 """Data sets as LightningDataModules: one file each."""
 
+from benchmarks.data.cifar import SCIFARDataModule
 from benchmarks.data.delay import DelayDataModule
 from benchmarks.data.digits import DigitsDataModule
-from benchmarks.data.images import SCIFARDataModule, SMNISTDataModule
+from benchmarks.data.images import SFashionMNISTDataModule, SMNISTDataModule
 from benchmarks.data.listops import GeneratedListOpsDataModule, ListOpsDataModule
 from benchmarks.data.lra_text import AANDataModule, IMDBDataModule
 from benchmarks.data.mqar import MQARDataModule
@@ -20,6 +21,7 @@ __all__ = [
     "MQARDataModule",
     "PathfinderDataModule",
     "SCIFARDataModule",
+    "SFashionMNISTDataModule",
     "SMNISTDataModule",
     "TextDataModule",
     "TextPairDataModule",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from http.client import HTTPException
 from pathlib import Path
 
 LRA_PAGE = (
@@ -15,17 +16,22 @@ class MissingDataError(FileNotFoundError):
     """A data set is not where it should be; nothing is downloaded without being asked."""
 
 
+class DownloadError(MissingDataError):
+    """A data set was to be downloaded, and could not be."""
+
+
 class DamagedDataError(RuntimeError):
     """A file is there, but not the one that was published."""
 
 
-def require(paths: Iterable[Path], name: str, page: str) -> None:
+def require(paths: Iterable[Path], name: str, page: str, advice: str = "") -> None:
     """Raise unless all paths exist.
 
     Args:
         paths: Files or folders.
         name: Of the data set.
         page: Where its makers offer it, and under which name.
+        advice: A further way to get it; ends the message.
 
     Raises:
         MissingDataError: Says which are missing, from where to get them, and where to put them.
@@ -42,8 +48,38 @@ def require(paths: Iterable[Path], name: str, page: str) -> None:
         raise MissingDataError(
             f"{name}: expected these, and none is downloaded by itself:\n{places}\n"
             f"Get the data set from {page}, and put it there (or give the data module another "
-            "`root`)."
+            f"`root`).{advice}"
         )
+
+
+def download(fetch: Callable[[], object], paths: Iterable[Path], name: str, page: str) -> None:
+    """Fetch a data set that is to be downloaded.
+
+    Args:
+        fetch: Does it, and raises where it fails.
+        paths: What it brings.
+        name: Of the data set.
+        page: Where its makers offer it, and under which name.
+
+    Raises:
+        DownloadError: What went wrong, and how to do without a network.
+
+    Example:
+        >>> def fetch() -> None:
+        ...     raise OSError("no route to host")
+        >>> download(fetch, [Path("data/x")], "MNIST", "its page")
+        Traceback (most recent call last):
+        ...
+        benchmarks.data.files.DownloadError: MNIST: the download failed: no route to host...
+    """
+    try:
+        fetch()
+    except (OSError, RuntimeError, HTTPException) as error:
+        places = "\n".join(f"  {path.absolute()}" for path in paths)
+        raise DownloadError(
+            f"{name}: the download failed: {str(error).strip()}\nTry again where there is a "
+            f"network, or get the data set from {page}, and put these there:\n{places}"
+        ) from error
 
 
 def check_md5(path: Path, expected: str, name: str, page: str) -> None:

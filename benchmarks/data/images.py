@@ -1,18 +1,19 @@
-"""Sequential MNIST and sequential CIFAR-10: images read pixel by pixel."""
+"""Images read pixel by pixel: what all share, MNIST and Fashion-MNIST."""
 
 from __future__ import annotations
 
+import zlib
+from abc import abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from benchmarks.data.files import check_md5, require
+from benchmarks.data.files import DamagedDataError, check_md5, download, require
 from benchmarks.data.sequences import SequenceDataModule, Split, shuffled_rows
 
 if TYPE_CHECKING:
-    from torchvision.datasets import CIFAR10
+    from torchvision.datasets import MNIST
 
 # The split is part of the task, so it has a seed of its own that no option changes.
 SPLIT_SEED = 0
@@ -21,9 +22,7 @@ MNIST_PAGE = (
     "http://yann.lecun.com/exdb/mnist/ (THE MNIST DATABASE of handwritten digits) or its mirror "
     "https://ossci-datasets.s3.amazonaws.com/mnist/"
 )
-CIFAR_PAGE = (
-    "https://www.cs.toronto.edu/~kriz/cifar.html (CIFAR-10 python version, cifar-10-python.tar.gz)"
-)
+FASHION_PAGE = "https://github.com/zalandoresearch/fashion-mnist (Get the Data, four files)"
 
 
 class ImageDataModule(SequenceDataModule):
@@ -55,7 +54,57 @@ class ImageDataModule(SequenceDataModule):
         }
 
 
-class SMNISTDataModule(ImageDataModule):
+class PublishedImages(ImageDataModule):
+    """Images in files that their makers offer, which torchvision downloads if that is asked for.
+
+    Args:
+        root: Folder of torchvision's data sets.
+        batch_size: Sequences in a batch.
+        seed: Fixes the order of the training batches.
+        download: Fetch what is missing. Under DDP one process of a machine does.
+    """
+
+    title: ClassVar[str]
+    page: ClassVar[str]
+
+    def __init__(
+        self, root: str = "data", batch_size: int = 50, seed: int = 0, download: bool = False
+    ) -> None:
+        super().__init__(root, batch_size, seed)
+        self.download = download
+
+    @staticmethod
+    @abstractmethod
+    def dataset() -> Any:
+        """The class of torchvision that knows files and addresses."""
+
+    @abstractmethod
+    def files(self) -> dict[Path, str]:
+        """Every file that is read, and its MD5 sum."""
+
+    def is_there(self, path: Path) -> bool:
+        """Whether there is a file, in whatever form."""
+        return path.exists()
+
+    def unpack(self) -> None:
+        """Make files of packed ones; nothing to do, if a subclass says nothing."""
+
+    def prepare_data(self) -> None:
+        """Download if that is asked for; refuse what is missing or not genuine."""
+        files = self.files()
+        if self.download and not all(map(self.is_there, files)):
+            download(self._fetch, files, self.title, self.page)
+        self.unpack()
+        advice = " With the option `download`, torchvision fetches it."
+        require(files, self.title, self.page, advice)
+        for path, expected in files.items():
+            check_md5(path, expected, self.title, self.page)
+
+    def _fetch(self) -> None:
+        self.dataset()(self.root, download=True)
+
+
+class SMNISTDataModule(PublishedImages):
     """MNIST as sequences (784, 1) with values in [0, 1]: 54,000 train, 6,000 validate, 10,000 test.
 
     The four files lie in `root`/MNIST/raw, packed (.gz) or not, as published; packed ones are
@@ -65,9 +114,11 @@ class SMNISTDataModule(ImageDataModule):
         root: Folder of torchvision's data sets.
         batch_size: Sequences in a batch.
         seed: Fixes the order of the training batches.
+        download: Fetch what is missing. Under DDP one process of a machine does.
 
     Raises:
         MissingDataError: From `prepare_data`: what to get from where, and where to put it.
+        DownloadError: From `prepare_data`: the download failed.
         DamagedDataError: From `prepare_data`: a file is not the published one.
 
     Source:
@@ -79,6 +130,8 @@ class SMNISTDataModule(ImageDataModule):
         784
     """
 
+    title = "MNIST"
+    page = MNIST_PAGE
     d_input = 1
     n_classes = 10
     length = 784
@@ -90,23 +143,42 @@ class SMNISTDataModule(ImageDataModule):
         "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
     }
 
-    def prepare_data(self) -> None:
-        """Unpack what is packed; refuse what is missing or not genuine."""
-        from torchvision.datasets.utils import extract_archive
-
-        folder = self.root / "MNIST" / "raw"
-        for name in self.checksums:
-            packed = folder / f"{name}.gz"
-            if packed.exists() and not (folder / name).exists():
-                extract_archive(str(packed), str(folder))
-        require([folder / name for name in self.checksums], "MNIST", MNIST_PAGE)
-        for name, expected in self.checksums.items():
-            check_md5(folder / name, expected, "MNIST", MNIST_PAGE)
-
-    def build_splits(self) -> dict[Split, tuple[Tensor, Tensor]]:
+    @staticmethod
+    def dataset() -> type[MNIST]:
+        """The class that knows files and addresses."""
         from torchvision.datasets import MNIST
 
-        train, test = (MNIST(self.root, train=part) for part in (True, False))
+        return MNIST
+
+    def files(self) -> dict[Path, str]:
+        """The four files, unpacked."""
+        folder = self.root / self.dataset().__name__ / "raw"
+        return {folder / name: expected for name, expected in self.checksums.items()}
+
+    def is_there(self, path: Path) -> bool:
+        """Packed or not."""
+        return path.exists() or _packed(path).exists()
+
+    def unpack(self) -> None:
+        """Unpack what is packed, beside it."""
+        for path in self.files():
+            if _packed(path).exists() and not path.exists():
+                self._unpack(path)
+
+    def _unpack(self, path: Path) -> None:
+        from torchvision.datasets.utils import extract_archive
+
+        try:
+            extract_archive(str(_packed(path)), str(path.parent))
+        except (EOFError, OSError, zlib.error) as error:
+            path.unlink(missing_ok=True)  # half of it
+            raise DamagedDataError(
+                f"{self.title}: {_packed(path)} can't be unpacked ({error}): it is incomplete, or "
+                f"not the published file. Remove it, and get it again from {self.page}."
+            ) from error
+
+    def build_splits(self) -> dict[Split, tuple[Tensor, Tensor]]:
+        train, test = (self.dataset()(self.root, train=part) for part in (True, False))
         return self.with_validation(
             *((part.data.flatten(1).unsqueeze(-1), part.targets) for part in (train, test))
         )
@@ -116,65 +188,48 @@ class SMNISTDataModule(ImageDataModule):
         return sequences / 255
 
 
-class SCIFARDataModule(ImageDataModule):
-    """CIFAR-10 as sequences (1024, 3): 45,000 train, 5,000 validate, 10,000 test.
+class SFashionMNISTDataModule(SMNISTDataModule):
+    """Fashion-MNIST as sequences (784, 1) with values in [0, 1], split as `SMNISTDataModule`.
 
-    Every channel is normalised by the training images' mean and deviation. The folder
-    cifar-10-batches-py lies in `root`, as published; torchvision verifies its checksums before it
-    unpickles anything.
+    The four files lie in `root`/FashionMNIST/raw, packed (.gz) or not, as published. They have the
+    names and the format of MNIST's.
 
     Args:
         root: Folder of torchvision's data sets.
         batch_size: Sequences in a batch.
         seed: Fixes the order of the training batches.
+        download: Fetch what is missing. Under DDP one process of a machine does.
 
     Raises:
         MissingDataError: From `prepare_data`: what to get from where, and where to put it.
+        DownloadError: From `prepare_data`: the download failed.
         DamagedDataError: From `prepare_data`: a file is not the published one.
 
     Source:
-        Krizhevsky (2009), "Learning multiple layers of features from tiny images".
+        Xiao, Rasul & Vollgraf (2017), "Fashion-MNIST: a novel image dataset for benchmarking
+        machine learning algorithms", arXiv 1708.07747.
 
     Example:
-        >>> SCIFARDataModule(root="data").length
-        1024
+        >>> SFashionMNISTDataModule(root="data").n_classes
+        10
     """
 
-    d_input = 3
-    n_classes = 10
-    length = 1024
-    mean = (0.4914, 0.4822, 0.4465)
-    deviation = (0.2023, 0.1994, 0.2010)
+    title = "Fashion-MNIST"
+    page = FASHION_PAGE
+    checksums: ClassVar[dict[str, str]] = {
+        "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+        "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
+        "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
+        "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
+    }
 
     @staticmethod
-    def dataset() -> type[CIFAR10]:
-        """The class that knows files and checksums."""
-        from torchvision.datasets import CIFAR10
+    def dataset() -> type[MNIST]:
+        """The class that knows files and addresses."""
+        from torchvision.datasets import FashionMNIST
 
-        return CIFAR10
-
-    def prepare_data(self) -> None:
-        """Refuse what is missing or not genuine."""
-        published = self.dataset()
-        folder = self.root / published.base_folder
-        files: list[tuple[str, str]] = [
-            *((name, md5) for name, md5 in published.train_list + published.test_list),
-            (published.meta["filename"], published.meta["md5"]),
-        ]
-        require([folder / name for name, _ in files], "CIFAR-10", CIFAR_PAGE)
-        for name, expected in files:
-            check_md5(folder / name, expected, "CIFAR-10", CIFAR_PAGE)
-
-    def build_splits(self) -> dict[Split, tuple[Tensor, Tensor]]:
-        train, test = (self.dataset()(self.root, train=part) for part in (True, False))
-        return self.with_validation(*(_pixels(part) for part in (train, test)))
-
-    def prepare(self, sequences: Tensor) -> Tensor:
-        """Bytes to zero mean and unit variance."""
-        mean, deviation = torch.tensor(self.mean), torch.tensor(self.deviation)
-        return (sequences / 255 - mean) / deviation
+        return FashionMNIST
 
 
-def _pixels(images: Any) -> tuple[Tensor, Tensor]:
-    """Rows of pixels (samples, 1024, 3), uint8, and classes."""
-    return torch.from_numpy(images.data).flatten(1, 2), torch.tensor(images.targets)
+def _packed(path: Path) -> Path:
+    return path.with_name(f"{path.name}.gz")

@@ -23,6 +23,9 @@ class MNISTFiles(SMNISTDataModule):
         DamagedDataError: From `setup`: a file is not the published one.
     """
 
+    def __init__(self, root: str = "data", batch_size: int = 50, seed: int = 0) -> None:
+        super().__init__(root, batch_size, seed)  # without torchvision nothing is downloaded
+
     def prepare_data(self) -> None:
         require([self._path(name) for name in self.checksums], "MNIST", MNIST_PAGE)
 

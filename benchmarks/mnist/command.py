@@ -1,8 +1,9 @@
 """Sequential MNIST by the published recipe: every arm, resumable, several at a time.
 
-`python -m benchmarks.mnist` needs the four files of MNIST (benchmarks/README.md says where). A
-second call goes on where the first one ended. A step of the full model takes some 45 ms on one
-core: all arms with 50,000 steps take about two hours of one core, with 200,000 about eight.
+`python -m benchmarks.mnist` needs the four files of MNIST (benchmarks/README.md says where), or
+fetches them (`--download`). A second call goes on where the first one ended. A step of the full
+model takes some 45 ms on one core: all arms with 50,000 steps take about two hours of one core,
+with 200,000 about eight.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Settings:
         steps: Optimizer steps of every training; the published runs have 200000.
         workers: Trainings at a time, each on one thread.
         root: Folder with MNIST/raw.
+        download: Fetch the files of MNIST if they are missing.
         output: Folder of checkpoints and results.
         page: Also write the table into this Markdown file, where it has the marks for it.
     """
@@ -47,6 +49,7 @@ class Settings:
     steps: int = 50_000
     workers: int = 2
     root: Path = Path("data")
+    download: bool = False
     output: Path = Path("results/mnist")
     page: Path | None = None
 
@@ -123,10 +126,15 @@ def note(settings: Settings) -> str:
     )
 
 
+def prepare_files(settings: Settings) -> None:
+    """Fetch and unpack, before several processes read."""
+    SMNISTDataModule(root=str(settings.root), download=settings.download).prepare_data()
+
+
 def main(arguments: Iterable[str] | None = None) -> int:
     settings = parse(Settings, "mnist", __doc__, arguments)
     console = make_console()
-    SMNISTDataModule(root=str(settings.root)).prepare_data()  # not by all processes at once
+    prepare_files(settings)
     context = multiprocessing.get_context("spawn")
     results = []
     with ProcessPoolExecutor(settings.workers, context, start) as pool:

@@ -49,11 +49,11 @@ def configurations() -> dict[str, str]:
 
 def _title(task: Task, tau: float | None, scale: Scale) -> str:
     what = "at full size" if tau is None else f"giving up {tau:.0%} of every layer's Hankel energy"
-    return f"{task.title}, {what}. {_scale_note(scale)}"
+    return f"{task.title}, {what}. {_scale_note(task, scale)}"
 
 
-def _scale_note(scale: Scale) -> str:
-    return "A small twin for a CPU." if scale == "cpu" else "As published."
+def _scale_note(task: Task, scale: Scale) -> str:
+    return "A small twin for a CPU." if scale == "cpu" else task.origin
 
 
 def _text(title: str, config: Options) -> str:

@@ -5,7 +5,7 @@ One place for all figures, so that files for the same task can't drift apart.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Scale = Literal["full", "cpu"]
@@ -51,6 +51,7 @@ class Task:
         full: As published.
         cpu: The twin.
         model: Class of the network.
+        origin: Where the run at full scale is from; the end of the first comment.
     """
 
     title: str
@@ -62,6 +63,7 @@ class Task:
     full: Size
     cpu: Size
     model: str = "SequenceClassifier"
+    origin: str = "As published."
 
     def size(self, scale: Scale) -> Size:
         return self.full if scale == "full" else self.cpu
@@ -74,25 +76,33 @@ def gentle(factor: float) -> Options:
 
 LRA_TAUS = (0.02, 0.03, 0.05, 0.07, 0.1, 0.15)
 DIGITS: tuple[str, Options] = ("DigitsDataModule", {"batch_size": 50})
+IMAGES: Options = {"root": "data", "batch_size": 50}
 # A look comes where the published code looks: where its intervals for reduction and for evaluation
 # coincide (2000 and 5000 steps: every 10,000), up to the end of the window.
+SMNIST = Task(
+    title="Sequential MNIST",
+    classes=10,
+    inputs={"d_input": 1},
+    taus=(0.01, 0.02, 0.04),
+    recipe={"ssm_lr_factor": 1.0, "weight_decay": 0.0, "schedule": "constant"},
+    dropout=0.1,
+    full=Size(
+        data=("SMNISTDataModule", IMAGES),
+        sizes=(8, 256, 1), steps=200_000, lr=4e-4,
+        validate=5000, every=10_000, window=(0, 20_000),
+    ),
+    cpu=Size(
+        data=DIGITS,
+        sizes=(8, 128, 1), steps=2000, lr=4e-3, validate=250, every=100, window=(0, 200),
+    ),
+)  # fmt: skip
 TASKS: dict[str, Task] = {
-    "smnist": Task(
-        title="Sequential MNIST",
-        classes=10,
-        inputs={"d_input": 1},
-        taus=(0.01, 0.02, 0.04),
-        recipe={"ssm_lr_factor": 1.0, "weight_decay": 0.0, "schedule": "constant"},
-        dropout=0.1,
-        full=Size(
-            data=("SMNISTDataModule", {"root": "data", "batch_size": 50}),
-            sizes=(8, 256, 1), steps=200_000, lr=4e-4,
-            validate=5000, every=10_000, window=(0, 20_000),
-        ),
-        cpu=Size(
-            data=DIGITS,
-            sizes=(8, 128, 1), steps=2000, lr=4e-3, validate=250, every=100, window=(0, 200),
-        ),
+    "smnist": SMNIST,
+    "sfashion": replace(
+        SMNIST,
+        title="Sequential Fashion-MNIST",
+        full=replace(SMNIST.full, data=("SFashionMNISTDataModule", IMAGES)),
+        origin="Sequential MNIST's recipe.",
     ),
     "scifar": Task(
         title="Sequential CIFAR-10",
@@ -102,7 +112,7 @@ TASKS: dict[str, Task] = {
         recipe=gentle(0.25),
         dropout=0.1,
         full=Size(
-            data=("SCIFARDataModule", {"root": "data", "batch_size": 50}),
+            data=("SCIFARDataModule", IMAGES),
             sizes=(512, 384, 6), steps=180_000, lr=1e-3,
             validate=4500, every=18_000, window=(0, 18_000),
         ),

@@ -7,18 +7,17 @@ import pytest
 import torch
 from torchvision.datasets import CIFAR10
 
-from benchmarks.data import SCIFARDataModule, SMNISTDataModule
+from benchmarks.data import SCIFARDataModule, SFashionMNISTDataModule, SMNISTDataModule
 from benchmarks.data.files import DamagedDataError, MissingDataError
 from tests.benchmarks.tiny_files import write_cifar, write_mnist
 
 
-def mnist(root: Path, sums: dict[str, str]) -> SMNISTDataModule:
+def mnist(
+    root: Path, sums: dict[str, str], published: type[SMNISTDataModule] = SMNISTDataModule
+) -> SMNISTDataModule:
     """The data module with the checksums of tiny files instead of the published ones."""
-
-    class Tiny(SMNISTDataModule):
-        checksums = sums
-
-    return Tiny(str(root), batch_size=5)
+    tiny = type("Tiny", (published,), {"checksums": sums})
+    return tiny(str(root), batch_size=5)
 
 
 def cifar(root: Path, sums: dict[str, str]) -> SCIFARDataModule:
@@ -47,6 +46,30 @@ def test_mnist_from_its_files(tmp_path: Path, packed: bool) -> None:
         assert 0 <= sequences.min() < sequences.max() <= 1
     assert sizes == {"train": 36, "val": 4, "test": 20}
     assert data.tensors("test")[1].tolist() == [*range(10)] * 2
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_fashion_mnist_lies_beside_mnist(tmp_path: Path, packed: bool) -> None:
+    write_mnist(tmp_path, 50, 10, packed=packed)
+    sums = write_mnist(tmp_path, 40, 20, packed=packed, name="FashionMNIST")
+    data = mnist(tmp_path, sums, SFashionMNISTDataModule)
+    assert {s: len(data.tensors(s)[1]) for s in ("train", "val", "test")} == {
+        "train": 36,
+        "val": 4,
+        "test": 20,
+    }
+    raw = (tmp_path / "FashionMNIST/raw/t10k-images-idx3-ubyte").read_bytes()[16:]
+    expected = np.frombuffer(raw, np.uint8).reshape(20, 784, 1) / 255
+    assert np.allclose(data.tensors("test")[0].numpy(), expected, atol=1e-6)
+
+
+def test_half_of_a_packed_file_is_refused(tmp_path: Path) -> None:
+    data = mnist(tmp_path, write_mnist(tmp_path, 40, 20, packed=True))
+    packed = tmp_path / "MNIST/raw/train-images-idx3-ubyte.gz"
+    packed.write_bytes(packed.read_bytes()[:-1000])
+    with pytest.raises(DamagedDataError, match=r"idx3-ubyte.gz can't be unpacked.*Remove it"):
+        data.prepare_data()
+    assert not packed.with_suffix("").exists()
 
 
 def test_mnist_pixels_keep_their_order(tmp_path: Path) -> None:
@@ -97,6 +120,9 @@ def test_files_that_are_not_the_published_ones_are_refused(tmp_path: Path) -> No
     write_mnist(tmp_path, 40, 20, packed=True)
     with pytest.raises(DamagedDataError, match="6bbc9ace898e44ae57da46a324031adb"):
         SMNISTDataModule(str(tmp_path)).prepare_data()
+    write_mnist(tmp_path, 40, 20, packed=True, name="FashionMNIST")
+    with pytest.raises(DamagedDataError, match="f4a8712d7a061bf5bd6d2ca38dc4d50a"):
+        SFashionMNISTDataModule(str(tmp_path)).prepare_data()
     write_cifar(tmp_path, 10)
     with pytest.raises(DamagedDataError, match="c99cafc152244af753f735de768cd75f"):
         SCIFARDataModule(str(tmp_path)).prepare_data()
@@ -114,6 +140,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     ("module", "page", "place"),
     [
         (SMNISTDataModule, "yann.lecun.com/exdb/mnist", "MNIST/raw/t10k-labels-idx1-ubyte"),
+        (SFashionMNISTDataModule, "zalandoresearch", "FashionMNIST/raw/train-images-idx3-ubyte"),
         (SCIFARDataModule, "toronto.edu/~kriz/cifar.html", "cifar-10-batches-py/test_batch"),
     ],
 )

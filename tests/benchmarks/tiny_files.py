@@ -23,10 +23,12 @@ def idx(values: Bytes) -> bytes:
     return struct.pack(f">4B{values.ndim}I", 0, 0, 8, values.ndim, *values.shape) + values.tobytes()
 
 
-def write_mnist(root: Path, train: int, test: int, *, packed: bool) -> dict[str, str]:
-    """Random digits in `root`/MNIST/raw; the MD5 sum of every file, unpacked."""
+def write_mnist(
+    root: Path, train: int, test: int, *, packed: bool, name: str = "MNIST"
+) -> dict[str, str]:
+    """Random digits in `root`/`name`/raw; the MD5 sum of every file, unpacked."""
     chance = np.random.default_rng(0)
-    folder = root / "MNIST" / "raw"
+    folder = root / name / "raw"
     folder.mkdir(parents=True)
     sums: dict[str, str] = {}
     for part, size in (("train", train), ("t10k", test)):
