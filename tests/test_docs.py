@@ -20,7 +20,7 @@ from .features import from_torch
 ROOT = Path(__file__).parents[1]
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CHANGELOG.md")),
+    *(ROOT / name for name in ("README.md", "DESCRIPTION.md", "CHANGELOG.md")),
     *sorted((ROOT / "docs").glob("*.md")),
     *TUTORIALS,
 ]
@@ -101,6 +101,15 @@ def test_internal_links_resolve(path: Path):
         assert file.exists(), f"{_page(path)} links to {match['target']}"
         if anchor:
             assert anchor in anchors(file.read_text()), f"{_page(path)}: {match['target']}"
+
+
+def test_the_description_of_the_package_stands_alone():
+    """An index shows it without the files around it."""
+    text = (ROOT / "DESCRIPTION.md").read_text()
+    assert "long_description = file: DESCRIPTION.md" in (ROOT / "setup.cfg").read_text()
+    targets = [match["target"] for match in LINK.finditer(BLOCK.sub("", text))]
+    assert targets
+    assert all(target.startswith("https:") for target in targets)
 
 
 def test_every_page_is_in_the_contents():

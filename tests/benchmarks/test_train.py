@@ -34,7 +34,8 @@ LARGEST_TAU = [
 # What else there is: nothing is compressed, or Mamba layers are.
 OTHER_FORMS = [name for name in FILES if "baseline" in name or "mamba" in name]
 QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
-# States, channels, blocks, steps, batch, learning rate; from the published configurations; Fashion-MNIST as MNIST.
+# States, channels, blocks, steps, batch, learning rate; from the published configurations.
+# Fashion-MNIST is as MNIST.
 PUBLISHED = {
     "smnist": (256, 8, 1, 200_000, 50, 4e-4),
     "sfashion": (256, 8, 1, 200_000, 50, 4e-4),

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     ModelCheckpoint,
 )
+from lightning.pytorch.utilities import rank_zero
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -218,7 +219,7 @@ def test_callback_can_be_used_for_a_second_run(tmp_path: Any) -> None:
 def test_verbose_prints_a_table(tmp_path: Any, capfd: Any, caplog: Any) -> None:
     callback = CompreSSMCallback(tolerance=0.2)
     fit = trainer(tmp_path, callback)
-    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+    with caplog.at_level("INFO", logger=rank_zero.__name__):
         fit.fit(Classifier(), loader())
     assert "net.first" in caplog.text
     assert "24 ->" in caplog.text

@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities import rank_zero
 from torch import Tensor
 from torch.optim import LBFGS, SGD, AdamW
 from torch.optim.lr_scheduler import LambdaLR, MultiplicativeLR, OneCycleLR, StepLR
@@ -263,7 +264,7 @@ def test_other_optimizers_are_left_alone_and_it_is_said_once(
     runs = []
     for speed in (True, False):
         model = make()
-        with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
+        with caplog.at_level(logging.INFO, logger=rank_zero.__name__):
             runs.append(fit(tmp_path, model, speed, CUT + 3, again))
     said = [r.getMessage() for r in caplog.records if "leaves the steps of" in r.getMessage()]
     assert len(said) == 1
