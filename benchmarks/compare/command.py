@@ -14,6 +14,7 @@ from pathlib import Path
 from benchmarks.common.command import make_console, parse, write_numbers
 from benchmarks.common.pages import MNIST, part, read_part, with_part
 from benchmarks.compare.comparison import Comparison, Settings
+from benchmarks.compare.frontier import draw_frontier
 from benchmarks.compare.methods_page import Report
 from benchmarks.compare.pictures import draw_all
 from benchmarks.compare.store import versions
@@ -55,7 +56,11 @@ def write(comparison: Comparison, seconds: float) -> list[Path]:
         "results": [result.to_dict() for result in results],
     }
     numbers = write_numbers(settings.output / f"{settings.suite}.json", content)
-    return [page, numbers, *draw_all(report, pictures, stem)]
+    drawn = draw_all(report, pictures, stem)
+    overview = f"{stem}-frontier.png"
+    if overview in made:
+        drawn.insert(0, draw_frontier(report, pictures / overview))
+    return [page, numbers, *drawn]
 
 
 def main(arguments: Iterable[str] | None = None) -> int:

@@ -64,6 +64,10 @@ accuracy ahead of the full model, of a small one from scratch and of the publish
 standard error over the seeds. **Bold**: more than two standard errors.
 
 {markdown_table(header, rows)}
+![Accuracy against training time]({report.pictures}-frontier.png)
+
+The grey line joins those than which no other is both faster and as accurate.
+
 Where it does not help is said [below](#where-it-does-not-help), and then come
 [how it was measured](#how-it-was-measured) and all tables. [](methods.md) has more methods, at
 sizes chosen by hand, and recall tasks with Mamba layers.
