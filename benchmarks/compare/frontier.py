@@ -1,4 +1,4 @@
-"""One picture of what matters: accuracy against training time, few arms, names beside the points."""
+"""One picture of what matters: accuracy against training time, few arms, named at the points."""
 
 from __future__ import annotations
 

@@ -43,10 +43,12 @@ def test_names_do_not_lie_on_each_other() -> None:
     assert len(points) == len(SHOWN)
     draw_panel(axes, points)
     figure.canvas.draw()
-    # The letters alone, without the line that leads to the point.
-    boxes = sorted((Text.get_window_extent(name) for name in axes.texts), key=lambda box: box.y0)
-    assert len(boxes) == len(points)
-    assert all(low.y1 <= high.y0 for low, high in pairwise(boxes))
+    # Letters as high as they are drawn, in the middle of where they are put.
+    middles = sorted(axes.transData.transform((0, name.xyann[1]))[1] for name in axes.texts)
+    height = max(Text.get_window_extent(name).height for name in axes.texts)
+    assert len(middles) == len(points)
+    assert all(upper - lower > height for lower, upper in pairwise(middles))
+    assert middles[-1] + height / 2 < axes.get_window_extent().y1
 
 
 def test_tasks_without_results_get_no_panel(tmp_path: Path) -> None:
