@@ -122,11 +122,12 @@ def draw_panel(axes: Axes, points: Sequence[Point]) -> None:
         axes.errorbar(point.x, point.y, yerr=point.error, fmt="o", color=point.color, capsize=3)
     least, most = min(p.y - p.error for p in points), max(p.y + p.error for p in points)
     height = (most - least) or 0.01
-    axes.set_ylim(least - 0.1 * height, most + 0.2 * height)
     left = min(p.x for p in points)
     axes.set_xticks([0.7, 0.8, 0.9, 1.0])
     axes.set_xlim(left - 0.05, 1.05 + 0.75 * (1.05 - left))  # room for names
-    names = spread([p.y for p in points], LEAST_GAP * 1.3 * height)
+    gap = LEAST_GAP * 1.4 * height
+    names = spread([p.y for p in points], gap)
+    axes.set_ylim(least - 0.1 * height, max(most, *names) + gap)
     for point, y in zip(points, names, strict=True):
         axes.annotate(
             point.name,
