@@ -24,9 +24,9 @@ def test_the_gradient_goes_through_the_same_mask(dtype: torch.dtype) -> None:
     outputs = Dropout(0.25)(inputs)
     outputs.sum().backward()
     assert outputs.dtype == dtype
-    assert torch.equal(outputs, inputs * inputs.grad)
-    expected = (outputs != 0).to(dtype) / 0.75
-    assert torch.equal(inputs.grad, expected)
+    # Versions of torch round a product in half precision differently.
+    torch.testing.assert_close(outputs, inputs * inputs.grad)
+    torch.testing.assert_close(inputs.grad, (outputs != 0).to(dtype) / 0.75)
 
 
 def test_torch_seeds_it() -> None:
